@@ -1,0 +1,316 @@
+"""A recipe describes one experiment: which models, which data, how every stage runs.
+
+One strict schema. A recipe file holds what differs from the defaults; any key can be overridden on the command line
+by its dotted path (`--pairs.candidates 8`). Whatever is wrong is refused here, before Ray starts, naming the key, the
+value and what is allowed.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LOCAL_CLIP = "local-dir:"
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _read_flag(value: object) -> object:
+    """On the command line everything is text: `true` and `0.9` are meant as in a file."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+Range = Annotated[
+    tuple[float, float],
+    AfterValidator(lambda r: r if r[0] <= r[1] else _refuse(f"a range is (low, high) with low <= high, not {r}")),
+]
+Pixels = Annotated[
+    int,
+    Field(gt=0),
+    AfterValidator(
+        lambda n: n if n % 8 == 0 else _refuse(f"image sides are multiples of 8, not {n}: e.g. {n // 8 * 8 or 8}")
+    ),
+]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Solver = Literal["euler_ancestral", "euler", "ddim", "dpmsolver++"]
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
+class Section(BaseModel):
+    """Strict: an unknown key is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelRef(Section):
+    """Where a model comes from: a hub id with a revision, or a local directory."""
+
+    path: str = Field(description="hub id, or directory: absolute, or looked up here and then in the repository")
+    revision: str | None = Field(default=None, description="hub commit or tag; pin it, so that a rerun is the same run")
+    dtype: Precision = Field(default="float32", description="number format of the weights")
+
+
+class ClipRef(Section):
+    """An open_clip model: `name` as open_clip lists it with `pretrained`, or `local-dir:<directory>`."""
+
+    name: str = Field(description="open_clip architecture (ViT-L-14) or local-dir:<directory>")
+    pretrained: str | None = Field(default=None, description="open_clip weights tag, e.g. openai")
+    dtype: Precision = Field(default="float32", description="number format of the weights")
+
+    @model_validator(mode="after")
+    def _weights_are_named_once(self):
+        if self.name.startswith(LOCAL_CLIP) and self.pretrained is not None:
+            raise ValueError(f"{self.name!r} brings its own weights: leave out pretrained ({self.pretrained!r})")
+        if not self.name.startswith(LOCAL_CLIP) and self.pretrained is None:
+            raise ValueError(f"{self.name!r} needs pretrained, a weights tag, e.g. openai")
+        return self
+
+
+class Models(Section):
+    """The models of all stages."""
+
+    text_to_image: ModelRef = Field(description="a diffusers StableDiffusionPipeline")
+    vae: ModelRef | None = Field(default=None, description="another AutoencoderKL than the pipeline's own")
+    clip: ClipRef = Field(description="judges the pairs")
+    llm: ModelRef = Field(description="a causal language model that vLLM loads")
+    editor: ModelRef = Field(description="the trained editor that is served when a workspace has none")
+
+
+class GrammarCaptions(Section):
+    """Captions drawn from the miniature world's scene grammar."""
+
+    kind: Literal["grammar"] = Field(default="grammar", description="grammar or parquet; the recipe file says which")
+    count: Positive = Field(default=200, description="how many captions to draw")
+    kinds: list[str] | None = Field(
+        default=None, description="edit kinds the scenes must allow; default: all, balanced"
+    )
+
+
+class FileCaptions(Section):
+    """Captions from a parquet file or folder."""
+
+    kind: Literal["parquet"] = Field(default="parquet", description="grammar or parquet; the recipe file says which")
+    path: str = Field(description="parquet file or folder, local, s3:// or gs://")
+    column: str = Field(default="caption", description="the column that holds the caption")
+    limit: Positive | None = Field(default=None, description="read only the first so many rows")
+
+
+class Instructions(Section):
+    """Stage 1: the language model writes an instruction and an edited caption for each caption."""
+
+    prompt: Literal["tuned", "few_shot"] = Field(
+        default="tuned",
+        description="tuned: the model was trained on triplets; few_shot: an instruct model sees exemplars",
+    )
+    temperature: Annotated[float, Field(ge=0)] = Field(default=0.7, description="0: the likeliest word; 1: as trained")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="sample from the likeliest words of this mass"
+    )
+    max_tokens: Positive = Field(default=128, description="an answer that is longer is cut, and rejected")
+    max_caption_words: Positive = Field(
+        default=60, description="longer captions are rejected before the model sees them"
+    )
+    batch_size: Positive = Field(default=64, description="captions handed to an engine at a time")
+    replicas: Positive = Field(default=1, description="vLLM engines")
+    max_model_len: Positive = Field(default=512, description="tokens of prompt and answer together")
+    engine: dict[str, Annotated[int | float | str | bool, BeforeValidator(_read_flag)]] = Field(
+        default_factory=dict, description="further vLLM engine arguments, e.g. gpu_memory_utilization: 0.9"
+    )
+
+    @model_validator(mode="after")
+    def _answers_fit(self):
+        if self.max_tokens >= self.max_model_len:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} must be less than max_model_len {self.max_model_len}: prompts need room"
+            )
+        return self
+
+
+class Sharing(Section):
+    """Attention sharing (Prompt-to-Prompt): each kind is shared while step / (steps - 1) < multiplier * p.
+
+    Upstream shares self-attention alone: {self_attention: 1, cross_attention: 0}.
+    """
+
+    self_attention: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="multiplier for self-attention; 0: never"
+    )
+    cross_attention: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="multiplier for cross-attention; 0: never"
+    )
+
+
+class Thresholds(Section):
+    """CLIP filter (InstructPix2Pix, section 3.1.2 and upstream's code): cosines on normalised embeddings."""
+
+    image: float = Field(default=0.7, description="cos(I0, I1): the two images still resemble each other")
+    image_max: float = Field(default=1.0, description="cos(I0, I1) at most: above it nothing was changed")
+    direction: float = Field(default=0.2, description="cos(I1 - I0, T1 - T0): the images differ as the captions do")
+    agreement: float = Field(default=0.2, description="cos(Ii, Ti) for both images")
+
+    @model_validator(mode="after")
+    def _something_passes(self):
+        if self.image > self.image_max:
+            raise ValueError(f"image {self.image:g} must be <= image_max {self.image_max:g}: nothing could pass")
+        return self
+
+
+class Pairs(Section):
+    """Stage 2: Stable Diffusion with Prompt-to-Prompt draws candidate pairs; CLIP keeps the good ones."""
+
+    candidates: Positive = Field(default=100, description="candidates drawn for each caption pair")
+    max_pairs: Positive = Field(
+        default=4, description="accepted pairs kept for each caption pair, best direction first"
+    )
+    steps: Positive = Field(default=100, description="denoising steps")
+    solver: Solver = Field(default="euler_ancestral", description="how a denoising step is taken")
+    guidance_scale: Range = Field(default=(7.5, 15.0), description="drawn uniformly for each candidate")
+    shared_attention_fraction: Range = Field(default=(0.1, 0.9), description="p, drawn uniformly for each candidate")
+    sharing: Sharing = Sharing()
+    thresholds: Thresholds = Thresholds()
+    height: Pixels = Field(default=512, description="of the images, in pixels")
+    width: Pixels = Field(default=512, description="of the images, in pixels")
+    batch_size: Positive = Field(default=4, description="candidates (pairs of trajectories) that share one UNet call")
+    replicas: Positive = Field(default=1, description="PairGenerator actors")
+    rows_per_block: Positive = Field(default=8, description="captions per write task: what a crash can cost")
+
+
+class Dataset(Section):
+    """Stage 3: accepted pairs become a dataset with the published columns, split by caption id."""
+
+    validation_fraction: Fraction = Field(default=0.1, description="share of the captions whose pairs go to validation")
+    test_fraction: Fraction = Field(default=0.0, description="share of the captions whose pairs go to test")
+
+    @model_validator(mode="after")
+    def _something_is_left(self):
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction {self.validation_fraction:g} + test_fraction {self.test_fraction:g} must be < 1: "
+                "nothing is left to train on"
+            )
+        return self
+
+
+class Train(Section):
+    """Stage 4: fine-tune the UNet to follow instructions."""
+
+    base: ModelRef | None = Field(default=None, description="what to start from; default: models.text_to_image")
+    steps: Positive = Field(default=1000, description="optimiser steps")
+    batch_size: Positive = Field(default=32, description="samples per step over all workers")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-4, description="of AdamW, after the warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="the learning rate rises linearly over so many steps"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=1e-2, description="of AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="longer gradients are cut to this norm"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9999, description="of the averaged weights that are kept"
+    )
+    resolution: Pixels = Field(default=256, description="side of the training images, in pixels")
+    drop_text: Fraction = Field(default=0.05, description="share of samples that lose the instruction alone")
+    drop_image: Fraction = Field(default=0.05, description="share of samples that lose the image alone")
+    drop_both: Fraction = Field(default=0.05, description="share of samples that lose both")
+    flip: bool = Field(default=True, description="mirror pairs, half of the time, whose texts name no side")
+    precision: Precision = Field(
+        default="float32", description="number format of the forward pass; the weights stay float32"
+    )
+    workers: Positive = Field(default=1, description="training processes, one GPU each where there are GPUs")
+    checkpoint_every: Positive = Field(default=500, description="steps between checkpoints: what a crash can cost")
+    encode_replicas: Positive = Field(default=1, description="actors that encode latents and texts ahead of training")
+
+    @model_validator(mode="after")
+    def _dropout_is_a_partition(self):
+        total = self.drop_text + self.drop_image + self.drop_both
+        if total > 1:
+            raise ValueError(
+                f"drop_text + drop_image + drop_both must be <= 1, not {total:g}: one draw picks one of them"
+            )
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of workers {self.workers}")
+        return self
+
+
+class Sampling(Section):
+    """How the editor turns noise into an image."""
+
+    steps: Positive = Field(default=20, description="denoising steps")
+    solver: Solver = Field(default="euler_ancestral", description="how a denoising step is taken")
+    guidance_scale: float = Field(default=7.5, description="s_T of the paper: follow the instruction")
+    image_guidance_scale: float = Field(default=1.5, description="s_I of the paper: stay close to the image")
+    max_side: Pixels = Field(default=512, description="the longer side of what the model sees, in pixels")
+
+
+class Evaluate(Section):
+    """Stage 5: the two guidance scales swept over a held-out set; CLIP similarities, and truth where there is any."""
+
+    images: Positive = Field(default=64, description="test pairs")
+    seeds: Positive = Field(default=1, description="edits per test pair and setting")
+    guidance_scale: Annotated[list[float], Field(min_length=1)] = Field(
+        default=[2.0, 4.0, 7.5, 10.0], description="s_T swept"
+    )
+    image_guidance_scale: Annotated[list[float], Field(min_length=1)] = Field(
+        default=[1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2], description="s_I swept"
+    )
+    fixed_guidance_scale: float = Field(default=7.5, description="s_T while s_I is swept")
+    fixed_image_guidance_scale: float = Field(default=1.5, description="s_I while s_T is swept")
+    sdedit_strengths: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=[0.3, 0.5, 0.7, 0.9], description="of the SDEdit baseline: 0 keeps the image, 1 starts from noise"
+    )
+    grid_images: Positive = Field(default=3, description="test images that are edited at every pair of the two scales")
+    shipped: bool = Field(default=True, description="evaluate models.editor beside the editor of this run")
+    pair_captions: Positive = Field(
+        default=40, description="captions whose pairs are made again and judged, where truth is known"
+    )
+    pair_candidates: Positive = Field(
+        default=6, description="candidates of each of them, with and without attention sharing"
+    )
+    batch_size: Positive = Field(default=16, description="edits that share one UNet call")
+    replicas: Positive = Field(default=1, description="Editor actors")
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: str = Field(description="of the experiment")
+    seed: int = Field(default=0, description="all seeds derive from it")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
+    truth: Literal["oracle", "none"] = Field(
+        default="none", description="oracle: the images are miniature scenes and can be read back exactly"
+    )
+    models: Models
+    captions: Annotated[GrammarCaptions | FileCaptions, Field(discriminator="kind")]
+    instructions: Instructions = Instructions()
+    pairs: Pairs = Pairs()
+    dataset: Dataset = Dataset()
+    train: Train = Train()
+    sampling: Sampling = Sampling()
+    evaluate: Evaluate = Evaluate()
+
+
+def locate(path: str, key: str = "path") -> str:
+    """The directory that `path` names, absolute; or `path` itself when it is a hub id.
+
+    A relative path is looked up in the current directory and then in the repository, so that a recipe means the same
+    on a cluster. Raises `ValueError`, naming `key`, when `path` is neither.
+    """
+    for folder in (Path.cwd(), REPOSITORY):
+        if (folder / Path(path).expanduser()).is_dir():
+            return str((folder / Path(path).expanduser()).resolve())
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        return path
+    raise ValueError(
+        f"{key}: there is no directory {path!r} here or in the repository, and it is no hub id (owner/name)"
+    )
