@@ -1,0 +1,147 @@
+"""The miniature CLIP: an open_clip model that knows the scenes, by contrast between each scene and an edit of it."""
+
+import json
+import random
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+from ip2p.miniature.autoencoder import SCALING_FACTOR, draw_scenes, patch_code, pixels
+from ip2p.miniature.edits import apply_edit, draw_edit
+from ip2p.miniature.fit import Run, fit, generators, rank
+from ip2p.miniature.language import describe, vocabulary
+from ip2p.miniature.scene import Scene
+from ip2p.miniature.tokenizer import CONTEXT_LENGTH, build_tokenizer, tokenize
+
+# The mean and deviation that its images are normalised with, as open_clip's `preprocess_cfg` states them.
+MEAN, STD = 0.5, 0.5
+
+
+def clip_config(vocabulary_size: int) -> dict:
+    return {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 4},
+        "text_cfg": {
+            "context_length": CONTEXT_LENGTH,
+            "vocab_size": vocabulary_size,
+            # open_clip takes the tokenizer from the model's own directory whatever is named here.
+            "hf_tokenizer_name": "local",
+            "width": 64,
+            "heads": 4,
+            "layers": 2,
+        },
+    }
+
+
+def new_clip(config: dict) -> open_clip.CLIP:
+    text = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
+    return open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text)
+
+
+def draw_edited(
+    rng: random.Random, count: int, kept_out: bool = False
+) -> tuple[list[Scene], list[Scene], list[str], list[str]]:
+    """Draw scenes and an edit of each: scenes, edited scenes, captions, edited captions."""
+    scenes = draw_scenes(rng, count, kept_out)
+    edited = [apply_edit(draw_edit(scene, rng), scene) for scene in scenes]
+    styles = [rng.getrandbits(32) for _ in scenes]
+    captions = [describe(scene, style) for scene, style in zip(scenes, styles, strict=True)]
+    edited_captions = [describe(scene, style) for scene, style in zip(edited, styles, strict=True)]
+    return scenes, edited, captions, edited_captions
+
+
+@torch.no_grad()
+def roughen(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images as a diffusion model would paint them: through the decoder, from a code with some noise."""
+    half = len(images) // 2
+    chosen = torch.randperm(len(images), generator=generator)[:half].to(images.device)
+    code = patch_code(images[chosen])
+    level = torch.rand(half, 1, 1, 1, generator=generator).to(code) * 0.3 / SCALING_FACTOR
+    noise = torch.randn(code.shape, generator=generator).to(code)
+    return images.index_copy(0, chosen, vae.decode(code + level * noise).sample.clamp(-1, 1))
+
+
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric cross-entropy of normalised embeddings (B, D), row i of one belonging to row i of the other."""
+    logits = logit_scale * image @ text.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train_clip(out: Path, run: Run, vae: AutoencoderKL, *, steps: int, batch_size: int = 64) -> None:
+    """Train on `batch_size` scenes with an edit of each as hard negatives; writes an open_clip directory to `out`."""
+    torch.manual_seed(run.seed)
+    tokenizer = build_tokenizer(vocabulary())
+    config = clip_config(len(tokenizer))
+    model = new_clip(config).to(run.device)
+    vae = vae.to(run.device).eval().requires_grad_(False)
+
+    def step_loss(step: int) -> Tensor:
+        rng, generator = generators(run.seed, step)
+        scenes, edited, captions, edited_captions = draw_edited(rng, batch_size)
+        images = roughen(vae, pixels(scenes + edited).to(run.device), generator)
+        ids = tokenize(tokenizer, captions + edited_captions).to(run.device)
+        return contrastive_loss(*model(images, ids))  # CLIP.forward normalises
+
+    trained = fit(
+        model,
+        step_loss,
+        run,
+        "clip",
+        steps=steps,
+        peak=2e-3,
+        measure=lambda ema: measure_clip(ema, tokenizer, run.device),
+    )
+    if rank() == 0:
+        save_clip(out, trained, config, tokenizer)
+
+
+def save_clip(out: Path, model: nn.Module, config: dict, tokenizer: CLIPTokenizer) -> None:
+    """Write the directory that open_clip loads as `local-dir:<out>`."""
+    preprocess = {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
+    (out / "open_clip_config.json").write_text(text + "\n")
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, out / "open_clip_model.safetensors")
+    tokenizer.save_pretrained(out)
+
+
+def area_under_curve(positive: Tensor, negative: Tensor) -> float:
+    """Probability that a positive scores above a negative (the Mann-Whitney statistic), ties counting half."""
+    difference = positive[:, None] - negative[None, :]
+    return ((difference > 0).float() + 0.5 * (difference == 0)).mean().item()
+
+
+@torch.inference_mode()
+def measure_clip(
+    model: nn.Module, tokenizer: CLIPTokenizer, device: str, count: int = 256, seed: int = 1
+) -> dict[str, float]:
+    """On held-out scenes: the right caption first among `count`, and the AUC of directional similarity.
+
+    The AUC is between a rendered right edit and a rendered other edit of the same scene, for the same captions.
+    """
+    assert isinstance(model, open_clip.CLIP)
+    rng = random.Random(seed)
+    scenes, edited, captions, edited_captions = draw_edited(rng, count, kept_out=True)
+    others = [apply_edit(draw_edit(scene, rng), scene) for scene in scenes]
+    differs = torch.tensor([other != right for other, right in zip(others, edited, strict=True)])
+
+    def embed(images: list[Scene]) -> Tensor:
+        return model.encode_image(pixels(images).to(device), normalize=True)
+
+    i0, i1, wrong = embed(scenes), embed(edited), embed(others)
+    t0, t1 = (
+        model.encode_text(tokenize(tokenizer, texts).to(device), normalize=True)
+        for texts in (captions, edited_captions)
+    )
+    right_direction = F.cosine_similarity(i1 - i0, t1 - t0)
+    wrong_direction = F.cosine_similarity(wrong - i0, t1 - t0)[differs.to(device)]
+    first = ((i0 @ t0.T).argmax(1) == torch.arange(count, device=device)).float().mean().item()
+    return {"retrieval": first, "direction_auc": area_under_curve(right_direction, wrong_direction)}

@@ -1,0 +1,134 @@
+"""How the miniature models are trained, and that those which ship are what the README says."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import nn
+
+from ip2p.miniature import autoencoder, clip, text_to_image
+from ip2p.miniature.fit import Run, fit, generators, learning_rate
+from ip2p.miniature.language import vocabulary
+from ip2p.miniature.oracle import attribute_accuracy
+from ip2p.miniature.tokenizer import CONTEXT_LENGTH, build_tokenizer
+from ip2p.models import load_clip
+from ip2p.recipe import ClipRef
+
+WEIGHTS = Path(autoencoder.__file__).parent / "weights"
+
+
+def run_at(folder: Path) -> Run:
+    return Run(folder, seed=0, device="cpu", log=print)
+
+
+def test_every_word_is_one_token_and_any_text_encodes():
+    tokenizer = build_tokenizer(vocabulary())
+    assert all(len(tokenizer(word).input_ids) == 3 for word in vocabulary())
+    ids = tokenizer("a photo of über-cats, 3 of them 😀").input_ids
+    assert ids.count(tokenizer.eos_token_id) == 1  # no unknown token, which would be the end token
+    assert tokenizer.eos_token_id == len(tokenizer) - 1  # open_clip pools at the highest id
+    assert tokenizer.model_max_length == CONTEXT_LENGTH
+
+
+def test_patch_code_keeps_what_the_oracle_reads():
+    scenes = autoencoder.draw_scenes(random.Random(5), 200)
+    images = autoencoder.pixels(scenes)
+    code = autoencoder.patch_code(images)
+    assert code.shape == (200, 16, 8, 8)
+    assert (code.std() * autoencoder.SCALING_FACTOR).item() == pytest.approx(1, abs=0.1)
+    decoded = autoencoder.patch_decode(code).clamp(-1, 1)
+    rgb = ((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    assert attribute_accuracy(scenes, rgb)["exact"] == 1
+
+
+def test_held_out_scenes_stay_out():
+    rng = random.Random(0)
+    trained_on = set(autoencoder.draw_scenes(rng, 2000))
+    assert not trained_on & set(autoencoder.draw_scenes(rng, 500, kept_out=True))
+
+
+def test_fit_resumes_exactly(tmp_path):
+    def train(folder: Path, *stops: int) -> torch.Tensor:
+        for steps in stops:
+            torch.manual_seed(0)
+            model = nn.Linear(4, 1)
+
+            def step_loss(step: int, model: nn.Module = model) -> torch.Tensor:
+                x = torch.randn(8, 4, generator=generators(0, step)[1])
+                return (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
+
+            class Interrupted(Exception):  # noqa: N818
+                pass
+
+            def log(facts: dict[str, float], at: int = steps) -> None:
+                if facts["step"] == at:
+                    raise Interrupted
+
+            try:
+                averaged = fit(model, step_loss, Run(folder, 0, "cpu", log), "line", steps=60, peak=1e-2, every=10)
+            except Interrupted:
+                continue
+            return averaged.weight.detach()  # pyright: ignore[reportReturnType]
+        raise AssertionError("not reached")
+
+    assert torch.equal(train(tmp_path / "whole", 1000), train(tmp_path / "broken", 20, 40, 1000))
+
+
+def test_learning_rate_warms_up_and_falls():
+    rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01)
+    assert max(rates) == pytest.approx(rates[99], rel=0.05)
+    assert rates[-1] < 0.06
+
+
+def test_each_model_trains_and_loads(tmp_path):
+    run = run_at(tmp_path / "state")
+    autoencoder.train_autoencoder(tmp_path / "sd" / "vae", run, steps=2, batch_size=4)
+    vae = AutoencoderKL.from_pretrained(tmp_path / "sd" / "vae", torch_dtype=torch.float32)
+    text_to_image.train_text_to_image(tmp_path / "sd", run, vae, text_steps=2, steps=2, batch_size=4)
+    clip.train_clip(tmp_path / "clip", run, vae, steps=2, batch_size=4)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", torch_dtype=torch.float32)
+    figures = text_to_image.measure_text_to_image(pipeline, 4)
+    assert 0 <= figures["exact"] <= 0.5  # two steps teach nothing
+    loaded = load_clip(ClipRef(name=f"local-dir:{tmp_path / 'clip'}"), "cpu")
+    assert set(clip.measure_clip(loaded.model, pipeline.tokenizer, "cpu", count=16)) == {"retrieval", "direction_auc"}
+
+
+def test_area_under_curve():
+    assert clip.area_under_curve(torch.tensor([1.0, 2.0]), torch.tensor([0.0])) == 1
+    assert clip.area_under_curve(torch.tensor([0.0]), torch.tensor([0.0, 1.0])) == 0.25
+
+
+@pytest.fixture(scope="module")
+def shipped() -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(WEIGHTS / "text_to_image", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# Smaller samples than `--measure` takes, so a little below what it must reach.
+def test_shipped_autoencoder_is_faithful(shipped):
+    figures = autoencoder.measure_autoencoder(shipped.vae, 256, "cpu", seed=7)
+    assert figures["attributes"] >= 0.97
+    assert figures["exact"] >= 0.85
+
+
+def test_shipped_text_to_image_shows_its_captions(shipped):
+    figures = text_to_image.measure_text_to_image(shipped, 128, seed=7)
+    assert figures["attributes"] >= 0.96
+    assert figures["exact"] >= 0.80
+
+
+def test_shipped_clip_knows_scenes_and_edits(shipped):
+    model = load_clip(ClipRef(name=f"local-dir:{WEIGHTS / 'clip'}"), "cpu").model
+    figures = clip.measure_clip(model, shipped.tokenizer, "cpu", seed=7)
+    assert figures["retrieval"] >= 0.80
+    assert figures["direction_auc"] >= 0.90
+
+
+def test_weights_are_small():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert np.sum([path.stat().st_size for path in files]) <= 25e6
