@@ -1,0 +1,126 @@
+"""Attention sharing (Prompt-to-Prompt): an edited sample attends as its source does, over its own values.
+
+The attention map of the source is softmax(q_src k_src^T / sqrt(d)), so handing the source's queries and keys to the
+edited sample shares the map without ever materialising it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNALIGNED = -1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that take another's place: only rows `kept` (K,) are computed, and row r is the `place`[r]-th of them."""
+
+    kept: Tensor
+    place: Tensor  # (R,)
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Which rows of one UNet batch of R rows attend as others do. None: none of them.
+
+    cross_keys: (R, L), for each token of each row the index into (R L) of the key it uses.
+    """
+
+    self_rows: Rows | None = None
+    cross_rows: Rows | None = None
+    cross_keys: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "SharedRows":
+        def moved(rows: Rows | None) -> Rows | None:
+            return rows and Rows(rows.kept.to(device), rows.place.to(device))
+
+        keys = None if self.cross_keys is None else self.cross_keys.to(device)
+        return SharedRows(moved(self.self_rows), moved(self.cross_rows), keys)
+
+
+def shared_rows(
+    count: int, self_links: Sequence[tuple[int, int]], cross_links: Sequence[tuple[int, int, Tensor]], tokens: int
+) -> SharedRows:
+    """From links (edited row, source row) for self-attention and (edited row, source row, alignment (L,)) for cross."""
+    if not cross_links:
+        return SharedRows(_rows(count, self_links))
+    keys = torch.arange(count * tokens).view(count, tokens)
+    for edited, source, alignment in cross_links:
+        keys[edited] = torch.where(alignment == UNALIGNED, keys[edited], source * tokens + alignment)
+    cross_rows = _rows(count, [(edited, source) for edited, source, _ in cross_links])
+    return SharedRows(_rows(count, self_links), cross_rows, keys)
+
+
+def _rows(count: int, links: Sequence[tuple[int, int]]) -> Rows | None:
+    if not links:
+        return None
+    source = torch.arange(count)
+    for edited, origin in links:
+        source[edited] = origin
+    kept, place = torch.unique(source, return_inverse=True)
+    return Rows(kept, place)
+
+
+class SharingProcessor:
+    """Attention processor of diffusers' UNet: plain attention, but for rows that share another row's queries and keys.
+
+    It has no state: `unet(..., cross_attention_kwargs={"shared": SharedRows})` says which rows do.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        shared: SharedRows | None = None,
+    ) -> Tensor:
+        """attn: diffusers' Attention; hidden_states (R, N, C); encoder_hidden_states (R, L, D), if any -> (R, N, C)."""
+        assert attn.group_norm is None and attn.spatial_norm is None and attention_mask is None
+        shared = shared or SharedRows()
+        if encoder_hidden_states is None:
+            query = _project(attn.to_q, hidden_states, shared.self_rows)
+            key = _project(attn.to_k, hidden_states, shared.self_rows)
+            value = attn.to_v(hidden_states)
+        else:
+            query = _project(attn.to_q, hidden_states, shared.cross_rows)
+            key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+            if shared.cross_keys is not None:
+                key = key.flatten(0, 1)[shared.cross_keys]
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        out = attn.to_out[0](attended.transpose(1, 2).flatten(2))  # to_out[1] is dropout
+        return out / attn.rescale_output_factor
+
+
+def _project(projection: torch.nn.Module, hidden_states: Tensor, rows: Rows | None) -> Tensor:
+    if rows is None:
+        return projection(hidden_states)
+    return projection(hidden_states.index_select(0, rows.kept)).index_select(0, rows.place)
+
+
+def align_tokens(source: Sequence[int], edited: Sequence[int], eos: int) -> list[int]:
+    """For each token of the edited prompt, the position of the source token that it corresponds to, or UNALIGNED.
+
+    source, edited: padded token ids of one length. Equal blocks correspond one to one, and so do replaced blocks of
+    equal length; padding (all that follows the first `eos`) corresponds to padding.
+    """
+    assert len(source) == len(edited), (len(source), len(edited))
+    n, m = _content(source, eos), _content(edited, eos)
+    alignment = [UNALIGNED] * len(edited)
+    for tag, i0, i1, j0, j1 in SequenceMatcher(None, source[:n], edited[:m], autojunk=False).get_opcodes():
+        if tag == "equal" or (tag == "replace" and i1 - i0 == j1 - j0):
+            alignment[j0:j1] = range(i0, i1)
+    if n < len(source):
+        alignment[m:] = [max(j, n) for j in range(m, len(edited))]
+    return alignment
+
+
+def _content(tokens: Sequence[int], eos: int) -> int:
+    """Number of tokens up to and with the first `eos`; all of them when a long prompt was cut before it."""
+    return list(tokens).index(eos) + 1 if eos in tokens else len(tokens)
