@@ -1,0 +1,213 @@
+"""From (caption, instruction, edited caption) to pairs of images: draw, generate, score, judge."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ip2p.clip_similarity import ClipSimilarity, similarities
+from ip2p.diffusion.attention import align_tokens
+from ip2p.diffusion.engine import Conditioning, Engine, Link, Trajectory
+from ip2p.diffusion.guidance import text_weights
+from ip2p.diffusion.schedule import NoiseSchedule
+from ip2p.images import encode, to_uint8
+from ip2p.models import load_clip, load_text_to_image, resolve_device
+from ip2p.pairs.candidates import Candidate, draw_candidate
+from ip2p.pairs.filter import ACCEPTED, NOT_FINITE, SURPLUS, best, tally, verdict
+from ip2p.recipe import Recipe
+from ip2p.records import INSTRUCTIONS, PAIRS
+
+logger = logging.getLogger(__name__)
+TEXTS_AT_ONCE = 64
+
+
+@dataclass(eq=False)
+class _Row:
+    """A caption pair at work. `images` holds those of the best accepted candidates so far, at most max_pairs."""
+
+    row: dict[str, Any]
+    conditionings: tuple[list[Conditioning], list[Conditioning]]  # (no text, text), before and after
+    alignment: Tensor
+    clip_texts: Tensor  # (2, D)
+    scores: dict[int, dict[str, Any]] = field(default_factory=dict)
+    images: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    unet_samples: int = 0
+
+
+@dataclass(eq=False)
+class _Draw:
+    """A candidate of a row on its way through the engine."""
+
+    work: _Row
+    k: int
+    candidate: Candidate
+    source: Trajectory
+    edited: Trajectory
+
+
+class PairGenerator:
+    """Loads the models once; called with batches of rows of `instructions/`, gives rows of `pairs/`, one for one.
+
+    Raises `ValueError` for models that can't be loaded and for an image size that they don't have.
+    """
+
+    def __init__(self, recipe: Recipe):
+        device = resolve_device(recipe.device)
+        self.recipe = recipe
+        self.settings = recipe.pairs
+        self.model = load_text_to_image(recipe.models.text_to_image, recipe.models.vae, device)
+        self.clip = ClipSimilarity(load_clip(recipe.models.clip, device))
+        self.schedule = NoiseSchedule.from_config(self.model.schedule.alphas_cumprod, self.model.schedule.config)
+        self.eos: int = self.model.tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        self.shape = self.model.latent_shape(self.settings.height, self.settings.width)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        """Columns of INSTRUCTIONS -> table of PAIRS, in the same order. Rows that are not `ok` pass through.
+
+        A row that can't be done becomes `failed` with the reason and leaves its neighbours alone. Raises only when no
+        row of several can be done: that is not the rows' fault.
+        """
+        columns = [batch[name].tolist() for name in INSTRUCTIONS.names]
+        rows = [dict(zip(INSTRUCTIONS.names, values, strict=True)) for values in zip(*columns, strict=True)]
+        todo = [i for i, row in enumerate(rows) if row["status"] == "ok"]
+        results = [{**row, "candidates": [], "pairs": [], "unet_samples": 0, "seconds": 0.0} for row in rows]
+        for i, result in zip(todo, self._all_or_each([rows[i] for i in todo]), strict=True):
+            results[i] |= result
+        return pa.Table.from_pylist(results, schema=PAIRS)
+
+    def _all_or_each(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows in one batch; when that fails, each for itself."""
+        try:
+            return self.generate(rows)
+        except Exception as error:
+            if len(rows) == 1:
+                return [_failed(rows[0], error)]
+            logger.exception("a batch of %d captions failed, trying each for itself", len(rows))
+            results = [self._all_or_each([row])[0] for row in rows]
+            if all(result["status"] == "failed" for result in results):
+                raise
+            return results
+
+    @torch.inference_mode()
+    def generate(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What PAIRS has beyond INSTRUCTIONS, with the new `status` and `reason`, for each row."""
+        started = time.perf_counter()
+        works = self._prepare(rows)
+        engine = Engine(self.model.unet, self.schedule, 2 * self.settings.batch_size)
+        underway: dict[int, _Draw] = {}
+        ready: list[_Draw] = []
+        for finished in engine.stream(self._groups(works, underway)):
+            ready += [underway.pop(id(t)) for t in finished if t.link is not None]
+            while len(ready) >= self.settings.batch_size:
+                self._judge(ready[: self.settings.batch_size])
+                del ready[: self.settings.batch_size]
+        if ready:
+            self._judge(ready)
+        seconds = time.perf_counter() - started
+        return [self._result(work, seconds * work.unet_samples / engine.unet_samples) for work in works]
+
+    def _prepare(self, rows: Sequence[dict[str, Any]]) -> list[_Row]:
+        """Every distinct text is embedded once."""
+        prompts = list(dict.fromkeys(row[key] for row in rows for key in ("original_prompt", "edited_prompt")))
+        tokenizer = self.model.tokenizer
+        ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
+        tokens = dict(zip(prompts, ids, strict=True))
+        texts = _embed(["", *prompts], self.model.encode_text)
+        clip_texts = _embed(prompts, self.clip.embed_texts)
+        works = []
+        for row in rows:
+            before, after = row["original_prompt"], row["edited_prompt"]
+            alignment = align_tokens(tokens[before], tokens[after], self.eos)
+            none = Conditioning(texts[""])
+            conditionings = ([none, Conditioning(texts[before])], [none, Conditioning(texts[after])])
+            clip_pair = torch.stack([clip_texts[before], clip_texts[after]])
+            works.append(_Row(row, conditionings, torch.tensor(alignment), clip_pair))
+        return works
+
+    def _groups(self, works: list[_Row], underway: dict[int, _Draw]) -> Iterator[tuple[Trajectory, Trajectory]]:
+        """Candidates as linked trajectories, drawn when the engine has room; noted in `underway`."""
+        for work in works:
+            for k in range(self.settings.candidates):
+                candidate = draw_candidate(self.settings, self.recipe.seed, work.row["caption_id"], k)
+                draw = self._start(work, k, candidate)
+                underway[id(draw.edited)] = draw
+                yield draw.source, draw.edited
+
+    def _start(self, work: _Row, k: int, candidate: Candidate) -> _Draw:
+        """Source and edited image begin with the same noise."""
+        settings, p = self.settings, candidate.shared_attention_fraction
+        generator = candidate.generator()
+        noise = torch.randn(self.shape, generator=generator)
+        source, edited = (
+            Trajectory(
+                latents=noise,
+                conditionings=conditionings,
+                weights=text_weights(candidate.guidance_scale),
+                steps=settings.steps,
+                solver=settings.solver,
+                generator=generator,
+            )
+            for conditionings in work.conditionings
+        )
+        sharing = settings.sharing
+        edited.link = Link(source, [None, work.alignment], sharing.self_attention * p, sharing.cross_attention * p)
+        return _Draw(work, k, candidate, source, edited)
+
+    def _judge(self, draws: list[_Draw]) -> None:
+        """Decode and score finished candidates; keep the images of the best."""
+        latents = torch.stack([t.latents for draw in draws for t in (draw.source, draw.edited)])
+        finite = latents.isfinite().flatten(1).all(dim=1).view(-1, 2).all(dim=1).tolist()
+        images = to_uint8(self.model.decode_latents(latents))
+        embedded = self.clip.embed_images(images)
+        texts = torch.stack([draw.work.clip_texts for draw in draws])
+        scores = similarities(embedded[0::2], embedded[1::2], texts[:, 0], texts[:, 1])
+        columns = {name: values.tolist() for name, values in scores.items()}
+        for n, draw in enumerate(draws):
+            work, candidate = draw.work, draw.candidate
+            numbers = {name: values[n] for name, values in columns.items()}
+            work.unet_samples += draw.source.unet_samples + draw.edited.unet_samples
+            work.scores[draw.k] = {
+                "seed": candidate.seed,
+                "shared_attention_fraction": candidate.shared_attention_fraction,
+                "guidance_scale": candidate.guidance_scale,
+                **numbers,
+                "verdict": verdict(numbers, self.settings.thresholds) if finite[n] else NOT_FINITE,
+            }
+            if work.scores[draw.k]["verdict"] == ACCEPTED:
+                work.images[draw.k] = (images[2 * n], images[2 * n + 1])
+                kept = best({k: work.scores[k]["clip_sim_dir"] for k in work.images}, self.settings.max_pairs)
+                work.images = {k: work.images[k] for k in kept}
+
+    def _result(self, work: _Row, seconds: float) -> dict[str, Any]:
+        for k, scores in work.scores.items():
+            if scores["verdict"] == ACCEPTED and k not in work.images:
+                scores["verdict"] = SURPLUS
+        candidates = [work.scores[k] for k in sorted(work.scores)]
+        pairs = [
+            {**work.scores[k], "original_image": encode(before), "edited_image": encode(after)}
+            for k, (before, after) in work.images.items()
+        ]
+        return {
+            "status": "ok" if pairs else "rejected",
+            "reason": "" if pairs else tally(scores["verdict"] for scores in candidates),
+            "candidates": candidates,
+            "pairs": pairs,
+            "unet_samples": work.unet_samples,
+            "seconds": seconds,
+        }
+
+
+def _embed(texts: list[str], encoder: Any) -> dict[str, Tensor]:
+    chunks = [texts[i : i + TEXTS_AT_ONCE] for i in range(0, len(texts), TEXTS_AT_ONCE)]
+    return {text: row for chunk in chunks for text, row in zip(chunk, encoder(chunk), strict=True)}
+
+
+def _failed(row: dict[str, Any], error: Exception) -> dict[str, Any]:
+    logger.error("caption %s failed", row["caption_id"], exc_info=error)
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}

@@ -1,0 +1,108 @@
+"""Stage 3: accepted pairs become a dataset that `datasets.load_dataset` opens, split by caption.
+
+pairs/ -> one row for every accepted pair -> split by caption id -> dataset/{train,validation,test}/*.parquet
+"""
+
+import time
+from collections import Counter
+from contextlib import ExitStack
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from ip2p.cli import load_settings
+from ip2p.pairs.export import SPLITS, explode, with_features
+from ip2p.recipe import Recipe
+from ip2p.records import split_of
+from ip2p.workspace import Workspace
+
+SHARD_BYTES = 256 * 2**20  # of pairs/, which become one file of each split
+ROW_GROUP = 64  # rows; small enough to be looked at one by one
+TASK_CPUS = 0.5
+
+
+def run(recipe: Recipe, workspace: Workspace) -> None:
+    """Write `dataset/` anew from `pairs/`; costs nothing when it is complete.
+
+    Raises `ValueError` when `pairs/` is not complete or holds no pair.
+    """
+    if workspace.done("dataset"):
+        print(f"export_dataset: {workspace.uri('dataset')} is complete; remove it to make it anew")
+        print(show(workspace.counts("dataset")))
+        return
+    if not workspace.done("pairs"):
+        raise ValueError(f"{workspace.uri('pairs')} is not complete: run jobs.generate_pairs first")
+    if not workspace.counts("pairs")["pairs"]:
+        raise ValueError(f"{workspace.uri('pairs')} holds no pair: lower pairs.thresholds or draw more candidates")
+    started = time.perf_counter()
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False)
+    if workspace.exists("dataset"):
+        workspace.fs.delete_dir(workspace.path("dataset"))  # what a killed run left
+    work = [{"shard": n, "paths": paths} for n, paths in enumerate(shards(workspace))]
+    written = (
+        ray.data.from_items(work, override_num_blocks=len(work))
+        .map(export_shard, fn_args=(recipe, workspace.location), num_cpus=TASK_CPUS)
+        .take_all()
+    )
+    counts = {split: sum(row[split] for row in written) for split in SPLITS}
+    seconds = time.perf_counter() - started
+    workspace.mark_done("dataset", **counts)
+    workspace.record("export_dataset", recipe=recipe.model_dump(mode="json"), seconds=round(seconds, 3), **counts)
+    print(f"export_dataset: done in {seconds:.0f} s\n{show(counts)}")
+
+
+def shards(workspace: Workspace) -> list[list[str]]:
+    """The files of `pairs/`, in order, in groups of about SHARD_BYTES."""
+    groups: list[list[str]] = []
+    size = SHARD_BYTES
+    for info in workspace.fs.get_file_info([path for path in workspace.files("pairs") if path.endswith(".parquet")]):
+        if size >= SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(info.path)
+        size += info.size
+    return groups
+
+
+def export_shard(work: dict[str, Any], recipe: Recipe, location: str) -> dict[str, int]:
+    """Write the pairs of some files into one file of each split that has any; returns rows by split.
+
+    File names follow from the shard's number: a task that is done twice writes the same files.
+    """
+    workspace, settings = Workspace(location), recipe.dataset
+    writers: dict[str, pq.ParquetWriter] = {}
+    counts: Counter[str] = Counter()
+    schema = with_features()
+    with ExitStack() as files:
+        for path in work["paths"]:
+            rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+            with pq.ParquetFile(workspace.fs.open_input_file(path)) as file:
+                for row in explode(file.read()):
+                    split = split_of(row["caption_id"], settings.validation_fraction, settings.test_fraction)
+                    rows[split].append(row)
+            for split in filter(rows.get, SPLITS):
+                if split not in writers:
+                    name = f"{split}-{work['shard']:05d}.parquet"
+                    sink = files.enter_context(workspace.open_out("dataset", split, name))
+                    writers[split] = files.enter_context(pq.ParquetWriter(sink, schema))
+                writers[split].write_table(pa.Table.from_pylist(rows[split], schema=schema), row_group_size=ROW_GROUP)
+                counts[split] += len(rows[split])
+    return {split: counts[split] for split in SPLITS}
+
+
+def show(counts: dict[str, int]) -> str:
+    """Rows by split as lines of text."""
+    return "\n".join(f"{counts[split]:10d}  pairs in {split}" for split in SPLITS)
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv)
+    assert workspace is not None
+    run(recipe, workspace)
+
+
+if __name__ == "__main__":
+    main()

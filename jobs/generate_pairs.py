@@ -1,0 +1,118 @@
+"""Stage 2: Stable Diffusion with Prompt-to-Prompt makes candidate image pairs; CLIP keeps the good ones.
+
+instructions/ -> PairGenerator (draw, generate, score, judge) -> pairs/, one row for every caption, come what may
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray.data import ActorPoolStrategy, DataContext, SaveMode
+from ray.data.checkpoint import CheckpointConfig
+
+from ip2p.cli import load_settings
+from ip2p.pairs.funnel import COLUMNS, funnel, show
+from ip2p.pairs.generate import PairGenerator
+from ip2p.recipe import Recipe
+from ip2p.workspace import Workspace
+
+TASK_CPUS = 0.2
+# On a CPU-only cluster the generators leave room: a resumed run's checkpoint filter holds a whole CPU, tasks a fifth.
+CPU_SHARE = 0.4
+CHECKPOINT_FILTER_BYTES = 64 * 2**20  # at least; Ray asks for more when the ids need more
+RETRIES = 3  # of a generator or a batch that dies, not of one that raises
+
+
+def run(recipe: Recipe, workspace: Workspace) -> None:
+    """Write `pairs/`. The same call goes on where a killed one stopped, and costs nothing when all is done.
+
+    Raises `ValueError` when there are no instructions.
+    """
+    if workspace.done("pairs"):
+        print(f"generate_pairs: {workspace.uri('pairs')} is complete; remove it and checkpoints/pairs to make it anew")
+        print(show(workspace.counts("pairs")))
+        return
+    if not workspace.done("instructions"):
+        raise ValueError(f"{workspace.uri('instructions')} is not complete: run jobs.edit_captions first")
+    started = time.perf_counter()
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False)
+    generate(recipe, workspace)
+    counts = funnel(read_pairs(workspace))
+    seconds = time.perf_counter() - started
+    workspace.mark_done("pairs", **counts)
+    workspace.record("generate_pairs", recipe=recipe.model_dump(mode="json"), seconds=round(seconds, 3), **counts)
+    print(f"generate_pairs: done in {seconds:.0f} s\n{show(counts)}")
+
+
+def generate(recipe: Recipe, workspace: Workspace) -> None:
+    """Make candidates for every caption that has no row yet and append the rows to `pairs/`."""
+    settings = recipe.pairs
+    context = DataContext.get_current()
+    context.checkpoint_config = checkpoints(workspace)
+    light: dict[str, Any] = {"num_cpus": TASK_CPUS}
+    try:
+        (
+            # A source that is not read_parquet would write checkpoints and never apply them.
+            ray.data.read_parquet(workspace.path("instructions"), filesystem=workspace.fs, ray_remote_args=light)
+            .repartition(target_num_rows_per_block=settings.rows_per_block)
+            .map_batches(
+                PairGenerator,  # pyright: ignore[reportArgumentType]
+                fn_constructor_args=(recipe,),
+                batch_size=settings.rows_per_block,
+                compute=ActorPoolStrategy(size=settings.replicas),
+                max_restarts=RETRIES,
+                max_task_retries=RETRIES,
+                **generator_resources(recipe),
+            )
+            .write_parquet(
+                workspace.path("pairs"), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
+            )
+        )
+    finally:
+        context.checkpoint_config = None  # it is the whole process's, and other stages have other ids
+
+
+def checkpoints(workspace: Workspace) -> CheckpointConfig:
+    """Captions whose rows are written are not done again."""
+    config = CheckpointConfig(
+        id_column="caption_id",
+        checkpoint_path=workspace.uri("checkpoints", "pairs"),
+        delete_checkpoint_on_success=False,
+    )
+    config.checkpoint_actor_pool_max_size = 1
+    config.checkpoint_actor_memory_bytes = CHECKPOINT_FILTER_BYTES
+    return config
+
+
+def generator_resources(recipe: Recipe) -> dict[str, Any]:
+    """A GPU for each generator where the recipe and the cluster have them; else a share of the CPUs."""
+    resources = ray.cluster_resources()
+    gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 1)
+    if recipe.device == "cuda" and not gpus:
+        raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
+    if recipe.device != "cpu" and gpus:
+        return {"num_gpus": 1, "num_cpus": CPU_SHARE}
+    return {"num_cpus": min(1.0, CPU_SHARE * cpus / recipe.pairs.replicas)}
+
+
+def read_pairs(workspace: Workspace) -> Iterator[pa.RecordBatch]:
+    """The rows of `pairs/` without their images."""
+    for path in workspace.files("pairs"):
+        if path.endswith(".parquet"):
+            with pq.ParquetFile(workspace.fs.open_input_file(path)) as file:
+                yield from file.iter_batches(columns=COLUMNS)
+
+
+def main(argv: list[str] | None = None) -> None:
+    needs = ("workspace", "models.text_to_image", "models.clip")
+    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=needs)
+    assert workspace is not None
+    run(recipe, workspace)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Stage 2 on a real local Ray: one row per caption, whatever dies on the way."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from ip2p.pairs.candidates import draw_candidate
+from ip2p.pairs.generate import PairGenerator
+from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Pairs, Recipe, Thresholds
+from ip2p.records import INSTRUCTIONS, PAIRS
+from ip2p.workspace import Workspace
+from jobs import generate_pairs
+
+CAPTIONS = 6
+REJECTED = ("rejected", "not json")
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    ray.init(num_cpus=2, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def recipe(tiny_sd, tiny_clip) -> Recipe:
+    ref = ModelRef(path=str(tiny_sd))
+    return Recipe(
+        name="smallest",
+        device="cpu",
+        models=Models(text_to_image=ref, clip=ClipRef(name=f"local-dir:{tiny_clip}"), llm=ref, editor=ref),
+        captions=GrammarCaptions(),
+        pairs=Pairs(
+            candidates=2,
+            max_pairs=1,
+            steps=1,
+            height=64,
+            width=64,
+            rows_per_block=1,
+            thresholds=Thresholds(image=-1, direction=-1, agreement=-1),
+        ),
+    )
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    """With instructions for CAPTIONS captions, the last of which was rejected."""
+    workspace = Workspace(tmp_path / "run")
+    write_instructions(workspace, CAPTIONS)
+    return workspace
+
+
+def write_instructions(workspace: Workspace, count: int) -> None:
+    rows = [(f"{k:04d}", f"a {k} dog", "make it red", f"a red {k} dog", "ok", "") for k in range(count)]
+    rows[-1] = (*rows[-1][:4], *REJECTED)
+    with workspace.open_out("instructions", "part.parquet") as file:
+        pq.write_table(pa.Table.from_pylist([dict(zip(INSTRUCTIONS.names, row)) for row in rows], INSTRUCTIONS), file)
+    workspace.mark_done("instructions")
+
+
+def check_complete(workspace: Workspace, recipe: Recipe, count: int) -> None:
+    """Each caption once, with the candidates it must have."""
+    table = workspace.read_table("pairs")
+    assert set(table.schema.names) == set(PAIRS.names)
+    rows = sorted(table.to_pylist(), key=lambda row: row["caption_id"])
+    assert [row["caption_id"] for row in rows] == [f"{k:04d}" for k in range(count)]
+    for row in rows[:-1]:
+        drawn = [draw_candidate(recipe.pairs, recipe.seed, row["caption_id"], k).seed for k in range(2)]
+        assert [candidate["seed"] for candidate in row["candidates"]] == drawn
+        assert row["status"] == "ok" and len(row["pairs"]) == 1
+    assert (rows[-1]["status"], rows[-1]["reason"]) == REJECTED and rows[-1]["candidates"] == []
+
+
+def files(workspace: Workspace) -> dict[str, int]:
+    return {path: Path(path).stat().st_mtime_ns for path in workspace.files("pairs") if path.endswith(".parquet")}
+
+
+def test_whole_stage_then_nothing_more_to_do(recipe, workspace, local_ray, capsys):
+    generate_pairs.run(recipe, workspace)
+    check_complete(workspace, recipe, CAPTIONS)
+    counts = workspace.counts("pairs")
+    assert (counts["captions"], counts["instructions"], counts["candidates"], counts["pairs"]) == (6, 5, 10, 5)
+    assert counts["no_instruction"] == {"not json": 1}
+    assert workspace.run()["stages"]["generate_pairs"]["pairs"] == 5
+    assert "5  pairs, of 5 captions" in capsys.readouterr().out
+
+    before = files(workspace)
+    generate_pairs.run(recipe, workspace)
+    assert "is complete" in capsys.readouterr().out
+    assert files(workspace) == before
+    # Even without the mark nothing is done again: the checkpoint knows.
+    workspace.fs.delete_file(workspace.path("pairs", "_SUCCESS"))
+    generate_pairs.run(recipe, workspace)
+    assert files(workspace) == before
+    assert workspace.counts("pairs") == counts
+
+
+def test_a_worker_that_dies_too_often_ends_the_job_and_a_rerun_goes_on(recipe, workspace, local_ray, monkeypatch):
+    marker = Path(workspace.path("deaths"))
+
+    class Dying(PairGenerator):
+        """Killed whenever it meets the poisoned caption."""
+
+        def __call__(self, batch):
+            if "0003" in batch["caption_id"]:
+                with marker.open("a") as file:
+                    file.write("x")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    monkeypatch.setattr(generate_pairs, "PairGenerator", Dying)
+    monkeypatch.setattr(generate_pairs, "RETRIES", 1)
+    with pytest.raises(ray.exceptions.RayError):
+        generate_pairs.run(recipe, workspace)
+    assert 1 <= len(marker.read_text()) <= 3
+    assert not workspace.done("pairs")
+    before = files(workspace)
+    assert before
+
+    monkeypatch.setattr(generate_pairs, "PairGenerator", PairGenerator)
+    generate_pairs.run(recipe, workspace)
+    check_complete(workspace, recipe, CAPTIONS)
+    after = files(workspace)
+    assert before.items() <= after.items() and len(after) > len(before)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_resumed(recipe, tmp_path):
+    """SIGKILL of the job once some rows are committed, then the same command again."""
+    count = 40
+    workspace = Workspace(tmp_path / "run")
+    write_instructions(workspace, count)
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    code = (
+        "import pathlib, ray; from ip2p.recipe import Recipe; from ip2p.workspace import Workspace;"
+        "from jobs import generate_pairs;"
+        f"recipe = Recipe.model_validate_json(pathlib.Path({str(tmp_path / 'recipe.json')!r}).read_text());"
+        "ray.init(num_cpus=2, include_dashboard=False);"
+        f"generate_pairs.run(recipe, Workspace({workspace.location!r}))"
+    )
+    job = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    deadline = time.monotonic() + 200
+    while len(committed := workspace.files("checkpoints", "pairs")) < 5:
+        assert job.poll() is None and time.monotonic() < deadline, committed
+        time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    before = files(workspace)
+    assert 0 < len(before) < count
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
+    check_complete(workspace, recipe, count)
+    kept = before.items() & files(workspace).items()
+    assert len(kept) >= len(before) - 2  # a file that was being written is done again
+
+
+def test_stages_out_of_order_are_refused(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"run jobs\.edit_captions first"):
+        generate_pairs.run(recipe, Workspace(tmp_path))
+
+
+def test_cuda_that_the_cluster_lacks_is_refused(recipe, workspace, local_ray):
+    with pytest.raises(ValueError, match="device: cuda"):
+        generate_pairs.run(recipe.model_copy(update={"device": "cuda"}), workspace)
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as end:
+        generate_pairs.main(["--help"])
+    assert end.value.code == 0
+    assert "--pairs.candidates" in capsys.readouterr().out
+
+
+def test_a_wrong_model_is_refused_before_ray_starts(tmp_path, capsys):
+    shutil.rmtree(tmp_path / "nothing", ignore_errors=True)
+    with pytest.raises(SystemExit) as end:
+        generate_pairs.main(
+            ["--recipe", "recipes/miniature.yaml", "--workspace", str(tmp_path)]
+            + ["--models.text_to_image.path", str(tmp_path / "nothing")]
+        )
+    assert end.value.code == 2
+    assert "models.text_to_image.path" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import torch
+
+from ip2p import images
+from ip2p.pairs.candidates import draw_candidate
+from ip2p.pairs.generate import PairGenerator
+from ip2p.recipe import Recipe, Thresholds
+from ip2p.records import INSTRUCTIONS, PAIRS
+
+ROWS = [
+    ("a", "red dog", "make it blue", "blue dog", "ok", ""),
+    ("b", "a tree", "", "", "rejected", "not json"),
+    ("c", "a hat on a cat", "remove the hat", "a cat", "ok", ""),
+    ("d", "one", "two", "one, two", "ok", ""),
+]
+
+
+def batch(rows) -> dict[str, np.ndarray]:
+    """As Ray Data hands it over."""
+    return {name: np.array(column, dtype=object) for name, column in zip(INSTRUCTIONS.names, zip(*rows))}
+
+
+@pytest.fixture(scope="module")
+def generator(smallest) -> PairGenerator:
+    return PairGenerator(smallest)
+
+
+def with_pairs(generator: PairGenerator, **changes) -> PairGenerator:
+    """The same models with other settings."""
+    other = object.__new__(PairGenerator)
+    other.__dict__ = dict(generator.__dict__)
+    other.settings = generator.settings.model_copy(update=changes)
+    return other
+
+
+@pytest.fixture(scope="module")
+def table(generator):
+    return generator(batch(ROWS))
+
+
+def test_one_row_in_one_row_out(table, generator, smallest: Recipe):
+    assert table.schema.equals(PAIRS)
+    rows = table.to_pylist()
+    assert [tuple(row[name] for name in INSTRUCTIONS.names) for row in rows] == ROWS
+    nothing = {"candidates": [], "pairs": [], "unet_samples": 0, "seconds": 0.0}
+    assert rows[1] == dict(zip(INSTRUCTIONS.names, ROWS[1])) | nothing
+    for row in (rows[0], rows[2], rows[3]):
+        drawn = [draw_candidate(smallest.pairs, smallest.seed, row["caption_id"], k) for k in range(3)]
+        assert [candidate["seed"] for candidate in row["candidates"]] == [candidate.seed for candidate in drawn]
+        assert [c["guidance_scale"] for c in row["candidates"]] == [candidate.guidance_scale for candidate in drawn]
+        assert sorted(c["verdict"] for c in row["candidates"]) == ["accepted", "accepted", "surplus"]
+        assert row["unet_samples"] == 3 * 2 * 2 * 2  # candidates, images, conditionings, steps
+        assert row["seconds"] > 0
+
+
+def test_the_best_pairs_are_kept_with_their_images(table):
+    for row in (table.to_pylist()[i] for i in (0, 2, 3)):
+        by_direction = sorted(row["candidates"], key=lambda candidate: -candidate["clip_sim_dir"])
+        kept = [{**pair} for pair in row["pairs"]]
+        for pair in kept:
+            before, after = (images.decode(pair.pop(key)) for key in ("original_image", "edited_image"))
+            assert before.shape == after.shape == (64, 64, 3)
+            assert (before != after).any()
+        assert kept == by_direction[:2]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(table, generator):
+    [alone] = with_pairs(generator, batch_size=1)(batch(ROWS[2:3])).to_pylist()
+    together = table.to_pylist()[2]
+    for a, b in zip(alone["candidates"], together["candidates"]):
+        assert a.pop("verdict") == b.pop("verdict")
+        assert a == pytest.approx(b, abs=5e-3)  # a pixel may be rounded the other way
+    for a, b in zip(alone["pairs"], together["pairs"]):
+        difference = images.decode(a["edited_image"]).astype(int) - images.decode(b["edited_image"])
+        assert np.abs(difference).max() <= 1
+
+
+def test_nothing_accepted_is_rejected_with_counts(generator):
+    strict = with_pairs(generator, thresholds=Thresholds(image=-1, direction=1, agreement=-1))
+    [row] = strict(batch(ROWS[:1])).to_pylist()
+    assert (row["status"], row["reason"], row["pairs"]) == ("rejected", "direction < 1: 3", [])
+    assert len(row["candidates"]) == 3
+
+
+def test_a_row_that_raises_is_failed_and_leaves_its_neighbours_alone(table, generator):
+    broken = ("x", None, "make it blue", "blue dog", "ok", "")
+    rows = generator(batch([ROWS[0], broken])).to_pylist()
+    assert rows[1]["status"] == "failed" and rows[1]["reason"].split(":")[0] in ("TypeError", "ValueError")
+    assert rows[1]["candidates"] == [] and rows[1]["edit_prompt"] == "make it blue"
+    expected = table.to_pylist()[0]
+    assert (rows[0]["status"], len(rows[0]["pairs"])) == (expected["status"], len(expected["pairs"]))
+    assert rows[0]["candidates"][0]["clip_sim_0"] == pytest.approx(expected["candidates"][0]["clip_sim_0"], abs=1e-4)
+
+
+def test_when_no_row_can_be_done_it_is_not_their_fault(generator):
+    other = with_pairs(generator)
+    other.shape = (5, 8, 8)  # latents that this UNet doesn't take
+    with pytest.raises(RuntimeError):
+        other(batch(ROWS[2:]))
+
+
+def test_latents_that_are_not_finite_get_a_verdict(generator, monkeypatch):
+    text = generator.model.encode_text
+    hurt = {"blue dog": torch.nan}
+
+    def encode_text(prompts):
+        return torch.stack([row * hurt.get(prompt, 1.0) for prompt, row in zip(prompts, text(prompts))])
+
+    monkeypatch.setattr(generator.model, "encode_text", encode_text)
+    rows = generator(batch([ROWS[0], ROWS[3]])).to_pylist()
+    assert (rows[0]["status"], rows[0]["reason"]) == ("rejected", "not finite: 3")
+    assert rows[1]["status"] == "ok"
+
+
+def test_image_size_must_fit_the_vae(smallest: Recipe):
+    recipe = smallest.model_copy(update={"pairs": smallest.pairs.model_copy(update={"height": 60})})
+    with pytest.raises(ValueError, match="60x64"):
+        PairGenerator(recipe)
