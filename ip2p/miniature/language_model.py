@@ -6,9 +6,12 @@ starting on random words, where nothing but copying helps, and Muon (250 steps; 
 """
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +28,20 @@ from transformers import (
 from ip2p.captions.parse import parse
 from ip2p.captions.prompt import answer, tuned_prompt
 from ip2p.miniature.edits import consistent, draw_triplet, parse_instruction
-from ip2p.miniature.language import parse_caption, vocabulary
+from ip2p.miniature.language import MEANINGS, article, parse_caption, split_words, vocabulary
 
 CONTEXT_LENGTH = 256
-STEPS = 6000
+STEPS = 7500
 BATCH_SIZE = 32
 COPY_STEPS = 300
 WARMUP_STEPS = 50
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
 CHECKPOINT_EVERY = 200
-IGNORED = -100
+IGNORED = -100  # the label that cross-entropy leaves out
+PAD, BEGIN, END = 0, 1, 2
+COPIED_ATTRIBUTES = ("shape", "shapes", "colour", "size", "background")
+POOLED_STEPS = 4
+Texts = tuple[str, str, str]  # caption, instruction, edited caption
 Report = Callable[[dict[str, float]], None]
 
 
@@ -64,7 +71,7 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         [*words, *(f" {word}" for word in words), frame, "instruction edited_caption"], trainer
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BEGIN)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -86,11 +93,10 @@ def build_model(vocab_size: int, hidden_size: int = 128, layers: int = 4) -> Lla
         num_key_value_heads=hidden_size // 32,
         head_dim=32,
         max_position_embeddings=CONTEXT_LENGTH,
-        rope_theta=10_000.0,
         tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        pad_token_id=PAD,
+        bos_token_id=BEGIN,
+        eos_token_id=END,
     )
     return LlamaForCausalLM(config)
 
@@ -107,17 +113,18 @@ def train(
     """Train from scratch on triplets drawn afresh and save the model directory to `out_dir` (weights as fp16).
 
     Deterministic for a seed and a device. With `checkpoint`, a file, the state is kept there every CHECKPOINT_EVERY
-    steps and training goes on from it; what is drawn at a step depends on the seed and the step alone. `steps` may differ
-    on resume: the rate falls to zero over the last quarter. Raises RuntimeError for a checkpoint of another vocabulary.
+    steps and training goes on from it; what is drawn at a step depends on the seed and the step alone. `steps` may
+    differ on resume: the rate falls to zero over the last three fifths.
     """
     torch.manual_seed(seed)
     words = vocabulary()
     tokenizer = build_tokenizer(words)
-    model = build_model(len(tokenizer)).to(device)
+    model = build_model(len(tokenizer))
+    model.to(torch.device(device))  # pyright: ignore
     optimizers = _optimizers(model)
     start = _restore(checkpoint, model, optimizers, device) if checkpoint and Path(checkpoint).exists() else 0
     for step in range(start, steps):
-        rows = _draw_rows(random.Random(f"{seed}/{step}"), words, copying=step < COPY_STEPS)
+        rows = _draw_rows(seed, step, words)
         facts = _train_step(model, optimizers, _rate(step, steps), *_collate(tokenizer, rows, device))
         if (step + 1) % 20 == 0:
             log({"step": step + 1, "steps": steps, **{name: float(value) for name, value in facts.items()}})
@@ -128,8 +135,8 @@ def train(
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, out_dir: str | Path) -> None:
     """Write the directory that vLLM and transformers load: config, generation config, tokenizer, fp16 safetensors."""
-    model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model.to(torch.float16).save_pretrained(out_dir)
+    model.generation_config.update(bos_token_id=BEGIN, eos_token_id=END, pad_token_id=PAD)
+    model.half().save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
 
 
@@ -145,21 +152,49 @@ def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Factor of the learning rates: warm-up, constant, then linearly to zero over the last quarter."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (0.25 * steps))
+    """Factor of the learning rates: warm-up, constant, then linearly to zero over the last three fifths."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (0.6 * steps))
 
 
-def _draw_rows(rng: random.Random, words: list[str], copying: bool) -> list[tuple[str, str, str]]:
+def same_words(caption: str, instruction: str, edited_caption: str) -> str:
+    """Return the instruction with its synonyms replaced by the captions' words: "paint the scarlet star azure" becomes
+    "paint the red star blue" where the captions say red and blue.
+
+    The meaning stays, all words stay as frequent as they were, and what could only be guessed can be copied.
+    """
+    said = {MEANINGS[word]: word for word in split_words(f"{edited_caption} {caption}") if word in MEANINGS}
+    words = [
+        said.get(MEANINGS[word], word) if MEANINGS.get(word, ("",))[0] in COPIED_ATTRIBUTES else word
+        for word in instruction.split()
+    ]
+    return re.sub(r"\ban? (?=(\w+))", lambda match: f"{article(match[1])} ", " ".join(words))
+
+
+def _draw_rows(seed: int, step: int, words: list[str]) -> list[Texts]:
+    """Draw the batch of a step. Batches are cut from a pool sorted by length, so that little of them is padding."""
+    group, part = divmod(step, POOLED_STEPS)
+    rows = _draw_pool(seed, group, tuple(words))
+    order = random.Random(f"order/{seed}/{group}").sample(range(POOLED_STEPS), POOLED_STEPS)
+    return rows[order[part] * BATCH_SIZE :][:BATCH_SIZE]
+
+
+@lru_cache(maxsize=1)
+def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
     """Draw (caption, instruction, edited caption): triplets of the world, or random words with nothing edited."""
-    if not copying:
-        return [draw_triplet(rng, held_out=False)[:3] for _ in range(BATCH_SIZE)]
-    captions = [" ".join(rng.choices(words, k=rng.randint(4, 24))) for _ in range(BATCH_SIZE)]
-    return [(caption, " ".join(rng.choices(words, k=rng.randint(1, 4))), caption) for caption in captions]
+    rng = random.Random(f"{seed}/{group}")
+    copying = group * POOLED_STEPS < COPY_STEPS
+    rows: list[Texts] = []
+    for _ in range(POOLED_STEPS * BATCH_SIZE):
+        if copying:
+            caption = " ".join(rng.choices(words, k=rng.randint(4, 24)))
+            rows.append((caption, " ".join(rng.choices(words, k=rng.randint(1, 4))), caption))
+        else:
+            caption, instruction, edited_caption, _ = draw_triplet(rng, held_out=False)
+            rows.append((caption, same_words(caption, instruction, edited_caption), edited_caption))
+    return sorted(rows, key=lambda row: sum(len(text.split()) for text in row))
 
 
-def _collate(
-    tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, str, str]], device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _collate(tokenizer: PreTrainedTokenizerBase, rows: list[Texts], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode rows as in generation: prompt, then answer and end token. Labels (B, L) leave out prompt and padding.
 
     Padded on the right: causal attention never sees it, so that no mask is needed.
@@ -167,10 +202,10 @@ def _collate(
     prompts = tokenizer([tuned_prompt(caption) for caption, _, _ in rows])["input_ids"]
     answers = tokenizer([answer(*texts) for _, *texts in rows], add_special_tokens=False)["input_ids"]
     length = max(len(prompt) + len(text) + 1 for prompt, text in zip(prompts, answers, strict=True))
-    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    ids = torch.full((len(rows), length), PAD)
     labels = torch.full((len(rows), length), IGNORED)
     for row, (prompt, text) in enumerate(zip(prompts, answers, strict=True)):
-        whole = torch.tensor([*prompt, *text, tokenizer.eos_token_id])
+        whole = torch.tensor([*prompt, *text, END])
         ids[row, : len(whole)] = whole
         labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
     return ids.to(device), labels.to(device)
@@ -202,6 +237,7 @@ def _train_step(
 def _keep(path: str | Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int) -> None:
     # Renamed into place, so that a crash while writing leaves the last checkpoint whole.
     states = [optimizer.state_dict() for optimizer in optimizers]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict(), "optimizers": states, "step": step}, f"{path}.part")
     Path(f"{path}.part").replace(path)
 
@@ -234,7 +270,8 @@ def measure(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model.to(device)
     captions = [draw_triplet(rng, unseen=unseen, held_out=True)[0] for _ in range(count)]
     texts = []
     for first in range(0, count, batch_size):

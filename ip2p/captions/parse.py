@@ -1,0 +1,57 @@
+"""The language model's text -> (instruction, edited caption), or the reason why not."""
+
+import json
+from typing import NamedTuple
+
+MAX_INSTRUCTION_WORDS = 30
+
+
+class Parsed(NamedTuple):
+    """What the model wrote. `reason` is empty when it can be used; else the other two hold what could be read."""
+
+    instruction: str
+    edited_caption: str
+    reason: str
+
+
+def parse(text: str, caption: str, max_caption_words: int = 60) -> Parsed:
+    """Read the JSON object that `prompt.SCHEMA` describes and check it against `caption`.
+
+    Every check has its own reason, so that reasons can be counted: not json, not an object, missing <key>,
+    <key> is not text, empty <key>, instruction too long, edited caption too long, caption unchanged.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return Parsed("", "", "not json")
+    if not isinstance(values, dict):
+        return Parsed("", "", "not an object")
+    for key in ("instruction", "edited_caption"):
+        if key not in values:
+            return Parsed("", "", f"missing {key}")
+        if not isinstance(values[key], str):
+            return Parsed("", "", f"{key} is not text")
+    instruction, edited_caption = (" ".join(values[key].split()) for key in ("instruction", "edited_caption"))
+    return Parsed(instruction, edited_caption, _reason(instruction, edited_caption, caption, max_caption_words))
+
+
+def _reason(instruction: str, edited_caption: str, caption: str, max_caption_words: int) -> str:
+    if not instruction:
+        return "empty instruction"
+    if not edited_caption:
+        return "empty edited_caption"
+    if len(instruction.split()) > MAX_INSTRUCTION_WORDS:
+        return "instruction too long"
+    if len(edited_caption.split()) > max_caption_words:
+        return "edited caption too long"
+    if edited_caption.casefold() == " ".join(caption.split()).casefold():
+        return "caption unchanged"
+    return ""
+
+
+def refuse(caption: str, max_caption_words: int) -> str:
+    """Return why `caption` is not worth the model's time: empty, or too long; "" when it is fine."""
+    words = caption.split()
+    if not words:
+        return "empty caption"
+    return "caption too long" if len(words) > max_caption_words else ""

@@ -1,0 +1,268 @@
+"""Stage 1: a language model writes an instruction and an edited caption for every caption.
+
+captions/ -> prompts -> vLLM -> parse -> instructions/, one row for every caption, whatever becomes of it
+"""
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import ray
+from ray.data import DataContext, SaveMode
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+from ip2p.captions.parse import parse, refuse
+from ip2p.captions.prompt import SCHEMA, few_shot_messages, tuned_prompt
+from ip2p.cli import load_settings
+from ip2p.miniature.edits import EDIT_KINDS, draw_triplet
+from ip2p.recipe import FileCaptions, GrammarCaptions, Instructions, Recipe, locate
+from ip2p.records import CAPTIONS, INSTRUCTIONS, caption_id, digest
+from ip2p.workspace import Workspace
+
+ROWS_PER_FILE = 5000
+# Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and tasks need room as well.
+ENGINE_CPUS = 0.5
+TASK_CPUS = 0.2
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start: the engine's core runs the model itself
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def run(recipe: Recipe, workspace: Workspace) -> None:
+    """Write `instructions/`. The same call goes on where a killed one stopped, and costs nothing when all is done."""
+    started = time.perf_counter()
+    counts: dict[str, Any] = write_captions(recipe, workspace)
+    left = len(ids(workspace, "captions") - ids(workspace, "instructions"))
+    print(f"edit_captions: {counts['captions']} captions, {left} to do, {counts['duplicates']} duplicates left out")
+    if left:
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False)
+        generate(recipe, workspace)
+    rows = workspace.read_table("instructions").to_pylist()
+    counts |= summary(rows)
+    workspace.mark_done("instructions", **counts)
+    workspace.record(
+        "edit_captions", recipe=recipe.model_dump(mode="json"), seconds=time.perf_counter() - started, **counts
+    )
+    show(rows, counts)
+
+
+def write_captions(recipe: Recipe, workspace: Workspace) -> dict[str, int]:
+    """Write `captions/` (CAPTIONS; each caption once), always anew: the same recipe gives the same files."""
+    folder = workspace.path("captions")
+    if isinstance(recipe.captions, FileCaptions):
+        if Workspace(recipe.captions.path).root.startswith(folder):
+            raise ValueError(f"captions.path: {folder} is written by this job; keep {recipe.captions.path!r} elsewhere")
+        captions = file_captions(recipe.captions)
+    else:
+        captions = grammar_captions(recipe.captions, recipe.seed)
+    if workspace.exists("captions"):
+        workspace.fs.delete_dir(folder)
+    seen: set[str] = set()
+    rows: list[dict[str, str]] = []
+    duplicates = files = 0
+    for caption in captions:
+        name = caption_id(caption)
+        if name in seen:
+            duplicates += 1
+            continue
+        seen.add(name)
+        rows.append({"caption_id": name, "caption": caption})
+        if len(rows) == ROWS_PER_FILE:
+            _write_part(workspace, files, rows)
+            rows, files = [], files + 1
+    if rows:
+        _write_part(workspace, files, rows)
+    if not seen:
+        raise ValueError(f"captions: there are none in {recipe.captions}")
+    return {"captions": len(seen), "duplicates": duplicates}
+
+
+def _write_part(workspace: Workspace, part: int, rows: list[dict[str, str]]) -> None:
+    with workspace.open_out("captions", f"part-{part:05d}.parquet") as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=CAPTIONS), file)
+
+
+def grammar_captions(captions: GrammarCaptions, seed: int) -> Iterator[str]:
+    """Captions of miniature scenes, all different; every kind of edit is possible in an equal part of them.
+
+    Scenes that are held out for evaluation are left out.
+    """
+    kinds = captions.kinds or EDIT_KINDS
+    seen: set[str] = set()
+    attempt = 0
+    while len(seen) < captions.count:
+        kind = kinds[len(seen) % len(kinds)]
+        caption, *_ = draw_triplet(random.Random(digest("grammar", seed, attempt)), kind=kind, held_out=False)
+        attempt += 1
+        if caption not in seen:
+            seen.add(caption)
+            yield caption
+
+
+def file_captions(captions: FileCaptions) -> Iterator[str]:
+    """The captions of a parquet file or folder; a missing one is empty.
+
+    Raises ValueError for a path where nothing is, and for a column that is not there or holds no text.
+    """
+    source, column = Workspace(captions.path), captions.column
+    if not source.exists():
+        raise ValueError(f"captions.path: there is nothing at {captions.path!r}")
+    table = pads.dataset(source.root, filesystem=source.fs, format="parquet")
+    if column not in table.schema.names:
+        raise ValueError(f"captions.column: {column!r} is not in {captions.path}, {', '.join(table.schema.names)} are")
+    kind = table.schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"captions.column: {column!r} of {captions.path} holds {kind}, not text")
+    count = 0
+    for batch in table.to_batches(columns=[column]):
+        for caption in batch[column].to_pylist():
+            if count == captions.limit:
+                return
+            count += 1
+            yield caption or ""
+
+
+def generate(recipe: Recipe, workspace: Workspace) -> None:
+    """Ask the model for every caption that has no row yet and append the rows to `instructions/`."""
+    settings = recipe.instructions
+    context = DataContext.get_current()
+    context.checkpoint_config = CheckpointConfig(
+        id_column="caption_id",
+        checkpoint_path=workspace.uri("checkpoints", "instructions"),
+        delete_checkpoint_on_success=False,
+    )
+    light: dict[str, Any] = {"num_cpus": TASK_CPUS}
+    model = build_processor(
+        engine_config(recipe),
+        preprocess=lambda row: ask(row, settings, recipe.seed),
+        postprocess=lambda row: row,
+        preprocess_map_kwargs=light,
+        postprocess_map_kwargs=light,
+    )
+    print(f"edit_captions: starting {settings.replicas} vLLM engine(s) with {recipe.models.llm.path}")
+    try:
+        captions = ray.data.read_parquet(
+            workspace.path("captions"), filesystem=workspace.fs, ray_remote_args=light
+        ).repartition(target_num_rows_per_block=settings.batch_size)
+        (
+            model(captions)
+            .map(lambda row: read_answer(row, settings), **light)
+            .write_parquet(
+                workspace.path("instructions"), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
+            )
+        )
+    finally:
+        context.checkpoint_config = None  # it is the whole process's, and other stages have other ids
+
+
+def engine_config(recipe: Recipe) -> vLLMEngineProcessorConfig:
+    """vLLM's engines in Ray Data: on GPUs where the recipe and the cluster have them, else on the CPU."""
+    settings, on_cpu = recipe.instructions, not uses_gpu(recipe)
+    engine: dict[str, Any] = {
+        "dtype": recipe.models.llm.dtype,
+        "revision": recipe.models.llm.revision,
+        "max_model_len": settings.max_model_len,
+        "enable_prefix_caching": True,  # few_shot: all prompts begin with the same exemplars
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        "seed": recipe.seed,
+    }
+    if on_cpu:
+        # Compiling takes longer than a miniature run; fewer sequences, less to warm up.
+        engine |= {"enforce_eager": True, "max_num_seqs": 64, "disable_log_stats": True}
+    return vLLMEngineProcessorConfig(
+        model_source=locate(recipe.models.llm.path, "models.llm.path"),
+        engine_kwargs=engine | settings.engine,
+        concurrency=(settings.replicas, settings.replicas),
+        batch_size=settings.batch_size,
+        max_concurrent_batches=4,
+        chat_template_stage={"enabled": settings.prompt == "few_shot", "num_cpus": TASK_CPUS},
+        tokenize_stage=False,
+        detokenize_stage=False,
+        placement_group_config={"bundles": [{"CPU": ENGINE_CPUS}]} if on_cpu else None,
+        runtime_env={"env_vars": CPU_ENVIRONMENT} if on_cpu else None,
+        should_continue_on_error=True,
+        log_engine_metrics=False,
+    )
+
+
+def uses_gpu(recipe: Recipe) -> bool:
+    """Whether this recipe's engines ask Ray for GPUs."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if recipe.device == "cuda" and not gpus:
+        raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
+    return recipe.device != "cpu" and gpus > 0
+
+
+def ask(row: dict[str, Any], settings: Instructions, run_seed: int) -> dict[str, Any]:
+    """Columns for the engine. A refused caption is marked as ray.data.llm marks failures, which passes the model by."""
+    caption = row["caption"]
+    sampling = {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+        # Of the caption alone: the answer does not depend on which others share its batch, or on a restart.
+        "seed": digest("instruction", run_seed, row["caption_id"]) % 2**31,
+        "structured_outputs": {"json": json.dumps(SCHEMA)},
+    }
+    few_shot = settings.prompt == "few_shot"
+    question = {"messages": few_shot_messages(caption)} if few_shot else {"prompt": tuned_prompt(caption)}
+    refusal = refuse(caption, settings.max_caption_words)
+    return {**question, "sampling_params": sampling, "refusal": refusal, "__inference_error__": refusal}
+
+
+def read_answer(row: dict[str, Any], settings: Instructions) -> dict[str, str]:
+    """The row of `instructions/` (INSTRUCTIONS) for what came back from the engine."""
+    caption, instruction, edited_caption = row["caption"], "", ""
+    if row["refusal"]:
+        status, reason = "rejected", row["refusal"]
+    elif row["__inference_error__"]:
+        status, reason = "failed", row["__inference_error__"]
+    else:
+        instruction, edited_caption, reason = parse(row["generated_text"], caption, settings.max_caption_words)
+        if reason == "not json" and row["num_generated_tokens"] >= settings.max_tokens:
+            reason = "answer cut at max_tokens"
+        status = "rejected" if reason else "ok"
+    values = (row["caption_id"], caption, instruction, edited_caption, status, reason)
+    return dict(zip(INSTRUCTIONS.names, values, strict=True))
+
+
+def ids(workspace: Workspace, folder: str) -> set[str]:
+    """The caption ids in a folder's parquet files; none if there are no files yet."""
+    if not any(path.endswith(".parquet") for path in workspace.files(folder)):
+        return set()
+    return set(workspace.read_table(folder, columns=["caption_id"])["caption_id"].to_pylist())
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows by status, and by reason where there is one."""
+    reasons = Counter(row["reason"] for row in rows if row["reason"])
+    return {**Counter(row["status"] for row in rows), "reasons": dict(reasons.most_common())}
+
+
+def show(rows: list[dict[str, Any]], counts: dict[str, Any]) -> None:
+    """Print what came out, and five examples."""
+    print("edit_captions: " + ", ".join(f"{counts.get(status, 0)} {status}" for status in ("ok", "rejected", "failed")))
+    for reason, count in counts["reasons"].items():
+        print(f"  {count:6d} {reason}")
+    for row in [row for row in rows if row["status"] == "ok"][:5]:
+        print(f"  {row['original_prompt']}\n    -> {row['edit_prompt']}\n    => {row['edited_prompt']}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=("workspace", "captions", "models.llm"))
+    assert workspace is not None
+    run(recipe, workspace)
+
+
+if __name__ == "__main__":
+    main()

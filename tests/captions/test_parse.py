@@ -1,0 +1,55 @@
+import json
+
+import pytest
+
+from ip2p.captions.parse import parse, refuse
+from ip2p.captions.prompt import answer
+
+CAPTION = "a brown dog on a sofa"
+
+
+def test_a_good_answer_is_read_back():
+    edited = 'a brown "dog", asleep — on a sofa'
+    assert parse(answer("make it sleep", edited), CAPTION) == ("make it sleep", edited, "")
+
+
+def test_line_breaks_and_spaces_are_made_single_spaces():
+    assert parse(answer(" make\nit  sleep ", "a dog\tasleep"), CAPTION)[:2] == ("make it sleep", "a dog asleep")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not json"),
+        ('{"instruction": "make it sleep", "edited_cap', "not json"),
+        ("make it sleep", "not json"),
+        ('["make it sleep"]', "not an object"),
+        ("null", "not an object"),
+        (json.dumps({"edited_caption": "a dog"}), "missing instruction"),
+        (json.dumps({"instruction": "make it sleep"}), "missing edited_caption"),
+        (json.dumps({"instruction": 1, "edited_caption": "a dog"}), "instruction is not text"),
+        (json.dumps({"instruction": "sleep", "edited_caption": None}), "edited_caption is not text"),
+        (answer("", "a dog"), "empty instruction"),
+        (answer("make it sleep", " \n"), "empty edited_caption"),
+        (answer("please " * 31, "a dog"), "instruction too long"),
+        (answer("make it sleep", "dog " * 61), "edited caption too long"),
+        (answer("make it sleep", "A brown  dog on a Sofa"), "caption unchanged"),
+    ],
+)
+def test_every_fault_has_its_own_reason(text, reason):
+    assert parse(text, CAPTION).reason == reason
+
+
+def test_only_readable_faults_keep_their_texts():
+    assert parse(answer("make it sleep", CAPTION), CAPTION)[:2] == ("make it sleep", CAPTION)
+    assert parse('{"instruction": "make it sl', CAPTION)[:2] == ("", "")
+
+
+@pytest.mark.parametrize(("caption", "reason"), [("", "empty caption"), (" \n\t", "empty caption")])
+def test_empty_captions_are_refused(caption, reason):
+    assert refuse(caption, 60) == reason
+
+
+def test_length_is_counted_in_words():
+    assert refuse("word " * 60, 60) == ""
+    assert refuse("word " * 61, 60) == "caption too long"
