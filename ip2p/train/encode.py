@@ -1,0 +1,107 @@
+"""Dataset rows -> latents and token ids, once, ahead of training: the VAE costs about as much as the UNet.
+
+One row per pair, with a list of *views* inside it: the pair as it is and, where it may be mirrored, its mirror image.
+"""
+
+import re
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ip2p import images
+from ip2p.models import TextToImage, load_text_to_image
+from ip2p.recipe import Recipe
+
+LATENTS = pa.schema(
+    {
+        "pair_id": pa.string(),
+        "caption_id": pa.string(),
+        "token_ids": pa.list_(pa.int32()),
+        "shape": pa.list_(pa.int32()),  # (V, C, h, w) of both latents: V views
+        "image_latents": pa.binary(),  # float16, of the image to edit, not scaled
+        "target_latents": pa.binary(),  # float16, of the edited image, scaled
+        "status": pa.string(),
+        "reason": pa.string(),
+    }
+)
+
+_SIDE = re.compile(r"\b(left|right|west|east)(ern|most|hand|ward|wards|side)?\b|\b(anti|counter)?-?clockwise\b", re.I)
+
+
+def names_a_side(text: str) -> bool:
+    """Whether `text` would be wrong, or might be, about a mirrored image."""
+    return bool(_SIDE.search(text))
+
+
+def square(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (H, W, 3) -> (side, side, 3): the shorter side resized to `side`, then the centre. Never squashed."""
+    height, width = image.shape[:2]
+    scale = side / min(height, width)
+    height, width = max(side, round(height * scale)), max(side, round(width * scale))
+    if image.shape[:2] != (height, width):
+        image = images.resize(image, height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+@torch.inference_mode()
+def encode_pair(
+    model: TextToImage, original: np.ndarray, edited: np.ndarray, flip: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode one pair of uint8 (H, W, 3) images of the same size, and its mirror image if `flip`.
+
+    Both latents are the mode of the VAE's posterior. Upstream draws the target from the posterior instead; its
+    deviation is negligible beside the noise of diffusion, and with the mode a rerun encodes the same latents.
+
+    Returns:
+        (image_latents, target_latents), each (V, C, h, w): as the UNet reads them, the first not scaled.
+    """
+    views = np.stack([original, edited])
+    if flip:
+        views = np.concatenate([views, views[:, :, ::-1]])
+    pixels = images.to_tensor(views)
+    return model.encode_image(pixels[0::2], scaled=False), model.encode_image(pixels[1::2], scaled=True)
+
+
+class PairEncoder:
+    """Encodes batches of exported rows: `dataset.map_batches(PairEncoder, batch_format="pyarrow", ...)`."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        base = recipe.train.base or recipe.models.text_to_image
+        self.model = load_text_to_image(base, recipe.models.vae, recipe.device)
+        self.recipe = recipe.train
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows of `records.DATASET` -> as many rows of `LATENTS`. A broken image is a `failed` row with a reason."""
+        return pa.Table.from_pylist([self.encode_row(row) for row in batch.to_pylist()], schema=LATENTS)
+
+    def encode_row(self, row: dict) -> dict:
+        ids = {key: row[key] for key in ("pair_id", "caption_id")}
+        try:
+            original, edited = (
+                square(images.decode(row[key]["bytes"]), self.recipe.resolution)
+                for key in ("original_image", "edited_image")
+            )
+        except ValueError as error:
+            return ids | {"status": "failed", "reason": str(error)}
+        # Only the instruction reaches the model: a side named by a caption alone does not forbid the mirror.
+        flip = self.recipe.flip and not names_a_side(row["edit_prompt"])
+        image_latents, target_latents = encode_pair(self.model, original, edited, flip)
+        return ids | {
+            "token_ids": token_ids(self.model, row["edit_prompt"]).tolist(),
+            "shape": list(image_latents.shape),
+            "image_latents": image_latents.half().cpu().numpy().tobytes(),
+            "target_latents": target_latents.half().cpu().numpy().tobytes(),
+            "status": "ok",
+            "reason": "",
+        }
+
+
+def token_ids(model: TextToImage, text: str) -> torch.Tensor:
+    """(L,) token ids as Stable Diffusion pads and truncates them."""
+    tokenizer = model.tokenizer
+    encoded = tokenizer(
+        text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return encoded.input_ids[0]

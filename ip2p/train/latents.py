@@ -1,0 +1,73 @@
+"""The encoded pairs in memory, and which of them step n trains on."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ip2p.records import digest
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conditionings and target of B samples."""
+
+    image_latents: Tensor  # (B, C, h, w) not scaled
+    target_latents: Tensor  # (B, C, h, w) scaled
+    token_ids: Tensor  # (B, L)
+
+    def to(self, device: str) -> "Batch":
+        return Batch(self.image_latents.to(device), self.target_latents.to(device), self.token_ids.to(device))
+
+
+class LatentPairs:
+    """All pairs of a split; V views of each lie together."""
+
+    def __init__(self, table: pa.Table) -> None:
+        """Take the `ok` rows of a table of `encode.LATENTS`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        # By id, because the order of files and blocks is not stable and the order of samples must be.
+        rows = sorted((row for row in table.to_pylist() if row["status"] == "ok"), key=lambda row: row["pair_id"])
+        if not rows:
+            raise ValueError("no pair to train on: the dataset is empty or none of its images could be read")
+        views = torch.tensor([row["shape"][0] for row in rows])
+        self.count = len(rows)
+        self.first_view = views.cumsum(0) - views
+        self.views = views
+        self.token_ids = torch.tensor([row["token_ids"] for row in rows])
+        self.image_latents = torch.cat([_unpack(row, "image_latents") for row in rows])
+        self.target_latents = torch.cat([_unpack(row, "target_latents") for row in rows])
+
+    def batch(self, indices: Tensor, view: Tensor) -> Batch:
+        """The pairs `indices` (B,), each in one of its views, picked by `view` (B,) uniform in [0, 1)."""
+        at = self.first_view[indices] + (view * self.views[indices]).long()
+        return Batch(self.image_latents[at].float(), self.target_latents[at].float(), self.token_ids[indices])
+
+
+def _unpack(row: dict, column: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(row[column], np.float16).reshape(row["shape"]).copy())
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(digest("epoch", seed, epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def sample_indices(count: int, seed: int, step: int, rank: int, world_size: int, batch_size: int) -> Tensor:
+    """Which of `count` pairs this rank trains on at `step`: its share of the step's `batch_size`, (B / world_size,).
+
+    Every epoch is a permutation of all pairs and epochs follow one another without a gap, so the samples of a step
+    depend on the seed and the step alone, and no rank sees another's.
+    """
+    assert batch_size % world_size == 0
+    share = batch_size // world_size
+    start = step * batch_size + rank * share
+    positions = range(start, start + share)
+    return torch.stack([_permutation(seed, p // count, count)[p % count] for p in positions])

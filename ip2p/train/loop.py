@@ -1,0 +1,207 @@
+"""The training loop: plain torch, one process or one rank of several.
+
+Everything random at step n (which samples, which views, noise, timesteps, dropout) is a pure function of
+(seed, rank, n). So a resumed run repeats the uninterrupted one exactly, and no two ranks share their noise.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ip2p.models import TextToImage
+from ip2p.recipe import Train
+from ip2p.records import digest
+from ip2p.train.dropout import drop, dropout_masks
+from ip2p.train.encode import token_ids
+from ip2p.train.latents import Batch, LatentPairs, sample_indices
+from ip2p.train.loss import add_noise, draw_timesteps, mse, prediction_target
+
+LOG_EVERY = 10  # steps
+
+State = dict[str, Any]
+Report = Callable[[dict[str, float], State | None], None]
+
+
+def train(
+    model: TextToImage,
+    pairs: LatentPairs,
+    recipe: Train,
+    *,
+    seed: int,
+    report: Report,
+    validation: LatentPairs | None = None,
+    state: State | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> EMAModel:
+    """Fine-tune `model.unet` (already widened, see `unet.widen_conv_in`) to follow instructions, in place.
+
+    Args:
+        pairs: the encoded training split, the same on every rank.
+        report: called on every rank alike, every LOG_EVERY steps with (metrics, None) and every
+            `recipe.checkpoint_every` steps and at the end with (metrics, state). Metrics: step, loss, learning_rate,
+            grad_norm, samples_per_second, eta_seconds and, at a checkpoint with a `validation` split, validation_loss.
+            The state refers to live tensors: save it before returning.
+        state: what `report` was given at the step to go on from; None starts anew.
+        world_size: above 1, torch.distributed must have been initialised.
+
+    Returns:
+        The moving average of the UNet's parameters: the weights to use.
+    """
+    unet = model.unet.float().requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    scaler = torch.amp.GradScaler(torch.device(model.device).type, enabled=recipe.precision == "float16")
+    ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, foreach=True)
+    first_step = 0
+    if state is not None:
+        first_step = restore(state, unet, optimizer, scaler, ema)
+    parallel = DistributedDataParallel(unet) if world_size > 1 else unet
+    null_text = encode_text(model, token_ids(model, "")[None].to(model.device))[0]
+    window = _Window(first_step, recipe)
+
+    for step in range(first_step, recipe.steps):
+        generator = torch.Generator().manual_seed(digest("train", seed, rank, step))
+        indices = sample_indices(pairs.count, seed, step, rank, world_size, recipe.batch_size)
+        batch = pairs.batch(indices, torch.rand(len(indices), generator=generator)).to(model.device)
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
+        with torch.autocast(torch.device(model.device).type, autocast_dtype(recipe), recipe.precision != "float32"):
+            loss = denoising_loss(model, parallel, batch, null_text, recipe, generator)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(unet.parameters())
+
+        window.add(loss.detach(), grad_norm)
+        done = step + 1
+        if done % recipe.checkpoint_every == 0 or done == recipe.steps:
+            metrics = window.close(done, learning_rate(recipe, step))
+            if validation is not None and rank == 0:
+                metrics["validation_loss"] = validation_loss(model, ema, validation, null_text, recipe, seed)
+            report(metrics, snapshot(done, unet, optimizer, scaler, ema))
+            window = _Window(done, recipe)
+        elif done % LOG_EVERY == 0:
+            report(window.close(done, learning_rate(recipe, step)), None)
+            window = _Window(done, recipe)
+    return ema
+
+
+def learning_rate(recipe: Train, step: int) -> float:
+    """Linear warm-up over the first `warmup_steps` steps, constant after."""
+    return recipe.learning_rate * min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+
+
+def autocast_dtype(recipe: Train) -> torch.dtype:
+    return torch.float16 if recipe.precision == "float16" else torch.bfloat16
+
+
+@torch.no_grad()
+def encode_text(model: TextToImage, ids: Tensor) -> Tensor:
+    """Token ids (B, L) -> text conditioning (B, L, D), float32. The text encoder is frozen."""
+    return model.text_encoder(ids)[0].float()
+
+
+# L = E || eps - eps_theta(z_t, t, E(c_I), c_T) ||^2   (InstructPix2Pix, eq. 1), or the same in v
+def denoising_loss(
+    model: TextToImage,
+    unet: Callable,
+    batch: Batch,
+    null_text: Tensor,
+    recipe: Train,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean loss of a batch under noise, timesteps and dropout drawn, on the CPU, from `generator`."""
+    size, device, schedule = len(batch.token_ids), model.device, model.schedule
+    noise = torch.randn(batch.target_latents.shape, generator=generator).to(device)
+    timesteps = draw_timesteps(size, len(schedule.alphas_cumprod), generator)
+    u = torch.rand(size, generator=generator).to(device)
+    text_dropped, image_dropped = dropout_masks(u, recipe.drop_text, recipe.drop_image, recipe.drop_both)
+    abar = schedule.alphas_cumprod.cpu()[timesteps].to(device)
+
+    noisy = add_noise(batch.target_latents, noise, abar)
+    image_latents = drop(batch.image_latents, image_dropped, 0.0)
+    text = drop(encode_text(model, batch.token_ids), text_dropped, null_text)
+    prediction = unet(torch.cat([noisy, image_latents], dim=1), timesteps.to(device), text).sample
+    return mse(prediction, prediction_target(schedule.prediction_type, batch.target_latents, noise, abar)).mean()
+
+
+@torch.no_grad()
+def validation_loss(
+    model: TextToImage, ema: EMAModel, pairs: LatentPairs, null_text: Tensor, recipe: Train, seed: int
+) -> float:
+    """Loss of the averaged weights on up to 256 held-out pairs, without dropout, always under the same noise."""
+    recipe = recipe.model_copy(update={"drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0})
+    total, count = 0.0, min(pairs.count, 256)
+    with averaged_weights(model.unet, ema):
+        for start in range(0, count, recipe.batch_size):
+            generator = torch.Generator().manual_seed(digest("validation", seed, start))
+            indices = torch.arange(start, min(start + recipe.batch_size, count))
+            batch = pairs.batch(indices, torch.zeros(len(indices))).to(model.device)
+            total += denoising_loss(model, model.unet, batch, null_text, recipe, generator).item() * len(indices)
+    return total / count
+
+
+@contextmanager
+def averaged_weights(unet: torch.nn.Module, ema: EMAModel) -> Iterator[None]:
+    """Inside, `unet` holds the averaged weights and is in evaluation mode; after, it is as before."""
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    unet.eval()
+    try:
+        yield
+    finally:
+        ema.restore(unet.parameters())
+        unet.train()
+
+
+def snapshot(step: int, unet, optimizer, scaler, ema: EMAModel) -> State:
+    """All that `restore` needs to go on after `step` steps: plain containers, numbers and tensors."""
+    return {
+        "step": step,
+        "unet": unet.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "ema": ema.state_dict(),
+    }
+
+
+def restore(state: State, unet, optimizer, scaler, ema: EMAModel) -> int:
+    """Undo `snapshot`; returns the number of steps already done."""
+    unet.load_state_dict(state["unet"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    ema.load_state_dict(state["ema"])
+    ema.to(unet.device)
+    return state["step"]
+
+
+class _Window:
+    """Mean loss and speed since the last report; reads tensors from the device only when it closes."""
+
+    def __init__(self, first_step: int, recipe: Train) -> None:
+        self.first_step, self.recipe, self.started = first_step, recipe, time.perf_counter()
+        self.losses: list[Tensor] = []
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        self.losses.append(loss)
+        self.grad_norm = grad_norm
+
+    def close(self, done: int, learning_rate: float) -> dict[str, float]:
+        loss = torch.stack(self.losses).mean().item()
+        seconds_per_step = (time.perf_counter() - self.started) / (done - self.first_step)
+        return {
+            "step": done,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": self.grad_norm.item(),
+            "samples_per_second": self.recipe.batch_size / seconds_per_step,
+            "eta_seconds": (self.recipe.steps - done) * seconds_per_step,
+        }

@@ -1,0 +1,40 @@
+"""The denoising objective on latents: noise, target, mean squared error."""
+
+import torch
+from torch import Tensor
+
+
+def draw_timesteps(batch_size: int, train_timesteps: int, generator: torch.Generator) -> Tensor:
+    """(B,) int64 timesteps in [0, train_timesteps), stratified: sample i falls into the i-th of B equal intervals.
+
+    Uniform over a batch of shuffled samples, with less variance of the loss than independent draws.
+    """
+    u = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+    return (u * train_timesteps).long().clamp(max=train_timesteps - 1)
+
+
+# z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps   (Ho et al. 2020, eq. 4)
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Noisy latents (B, C, H, W) from scaled latents, noise and the samples' own abar_t (B,)."""
+    abar = alphas_cumprod.view(-1, 1, 1, 1)
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+
+
+# epsilon: eps;   v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0   (Salimans & Ho 2022, appendix D)
+def prediction_target(prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """What the UNet is to predict, (B, C, H, W); `alphas_cumprod` holds the samples' own abar_t (B,).
+
+    Raises:
+        ValueError: the scheduler's prediction type is neither 'epsilon' nor 'v_prediction'.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        abar = alphas_cumprod.view(-1, 1, 1, 1)
+        return abar.sqrt() * noise - (1 - abar).sqrt() * latents
+    raise ValueError(f"prediction_type {prediction_type!r} of the base model: 'epsilon' or 'v_prediction' is supported")
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error per sample, (B,), in float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)

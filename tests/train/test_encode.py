@@ -1,0 +1,68 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from skimage import data
+
+from ip2p import images
+from ip2p.records import DATASET
+from ip2p.train.encode import LATENTS, PairEncoder, names_a_side, square
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("move it to the left", True),
+        ("Left: a dog", True),
+        ("the right-hand house", True),
+        ("the leftmost tree", True),
+        ("rotate it counterclockwise", True),
+        ("face westward", True),
+        ("make it brighter", False),
+        ("an upright piano", False),
+        ("swap the two objects", False),
+        ("", False),
+    ],
+)
+def test_names_a_side(text, expected):
+    assert names_a_side(text) is expected
+
+
+def test_square_crops_the_centre_and_never_squashes():
+    image = np.zeros((40, 80, 3), np.uint8)
+    image[:, 20:60] = 255
+    assert square(image, 40).min() == 255
+    assert square(image, 20).shape == (20, 20, 3)
+    assert square(square(image, 64), 64).shape == (64, 64, 3)
+    assert np.array_equal(square(image[:, :40], 40), image[:, :40])
+
+
+def dataset_row(pair_id, instruction, original, edited):
+    empty = dict.fromkeys(DATASET.names)
+    pictures = {"original_image": {"bytes": original}, "edited_image": {"bytes": edited}}
+    return empty | {"pair_id": pair_id, "caption_id": pair_id, "edit_prompt": instruction} | pictures
+
+
+def test_one_row_out_for_each_in(full_recipe):
+    photo, other = images.encode(data.astronaut()), images.encode(data.coffee()[:, :400], format="jpeg")
+    rows = [
+        dataset_row("a", "make it night", photo, other),
+        dataset_row("b", "put a hat on the left", photo, photo),
+        dataset_row("c", "make it night", photo, b""),
+    ]
+    encoder = PairEncoder(full_recipe)
+    table = encoder(pa.Table.from_pylist(rows, schema=DATASET))
+    assert table.schema == LATENTS
+    both, single, broken = table.to_pylist()
+    assert (both["status"], both["shape"]) == ("ok", [2, 4, 8, 8])
+    assert (single["status"], single["shape"]) == ("ok", [1, 4, 8, 8])
+    assert broken["status"] == "failed" and "empty" in broken["reason"]
+
+    # The image latents are the VAE's mode, not scaled; the target's are scaled; view 1 is the mirror image.
+    pixels = images.to_tensor(square(data.astronaut(), 64)[None])
+    mode = encoder.model.vae.encode(pixels).latent_dist.mode()
+    mirrored = encoder.model.vae.encode(pixels.flip(-1)).latent_dist.mode()
+    found = torch.from_numpy(np.frombuffer(both["image_latents"], np.float16).reshape(both["shape"]).copy()).float()
+    assert torch.allclose(found, torch.cat([mode, mirrored]), atol=2e-3)
+    target = torch.from_numpy(np.frombuffer(single["target_latents"], np.float16).reshape(1, 4, 8, 8).copy()).float()
+    assert torch.allclose(target, 0.18215 * mode, atol=2e-3)

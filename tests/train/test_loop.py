@@ -1,0 +1,87 @@
+import io
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+
+from ip2p.models import load_text_to_image
+from ip2p.recipe import ModelRef
+from ip2p.train.loop import learning_rate, train, validation_loss
+from ip2p.train.unet import widen_conv_in
+
+
+class Recorder:
+    """Keeps what the loop reports; states as a checkpoint file would."""
+
+    def __init__(self):
+        self.metrics, self.states = [], {}
+
+    def __call__(self, metrics, state):
+        self.metrics.append(metrics)
+        if state is not None:
+            file = io.BytesIO()
+            torch.save(state, file)
+            self.states[state["step"]] = file
+
+    def state(self, step):
+        self.states[step].seek(0)
+        return torch.load(self.states[step], weights_only=True)
+
+
+def fresh(tiny_sd):
+    model = load_text_to_image(ModelRef(path=str(tiny_sd)), device="cpu")
+    widen_conv_in(model.unet)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumed_weights_equal_the_uninterrupted_run_bit_by_bit(tiny_sd, pairs, recipe, precision):
+    recipe = recipe.model_copy(update={"precision": precision})
+    whole, resumed = fresh(tiny_sd), fresh(tiny_sd)
+    record = Recorder()
+    ema = train(whole, pairs, recipe, seed=3, report=record)
+    assert list(record.states) == [3, 6]
+    again = Recorder()
+    ema_again = train(resumed, pairs, recipe, seed=3, report=again, state=record.state(3))
+    assert list(again.states) == [6]
+    for a, b in zip(whole.unet.parameters(), resumed.unet.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(ema.shadow_params, ema_again.shadow_params, strict=True):
+        assert torch.equal(a, b)
+    other = fresh(tiny_sd)
+    train(other, pairs, recipe, seed=4, report=Recorder())
+    assert not torch.equal(other.unet.conv_in.weight, whole.unet.conv_in.weight)
+
+
+def test_validation_does_not_disturb_training(tiny_sd, pairs, recipe):
+    plain, validated = fresh(tiny_sd), fresh(tiny_sd)
+    train(plain, pairs, recipe, seed=3, report=Recorder())
+    record = Recorder()
+    train(validated, pairs, recipe, seed=3, report=record, validation=pairs)
+    assert all(metrics["validation_loss"] > 0 for metrics in record.metrics if metrics["step"] in (3, 6))
+    assert torch.equal(plain.unet.conv_in.weight, validated.unet.conv_in.weight)
+
+
+def test_learns_and_the_image_reaches_the_unet(base, pairs, recipe):
+    recipe = recipe.model_copy(update={"steps": 60, "checkpoint_every": 60, "batch_size": 8, "learning_rate": 3e-3})
+    before = EMAModel(base.unet.parameters())
+    null = base.encode_text([""])[0]
+    untrained = validation_loss(base, before, pairs, null, recipe, seed=0)
+    ema = train(base, pairs, recipe, seed=0, report=lambda *_: None)
+    assert validation_loss(base, ema, pairs, null, recipe, seed=0) < 0.95 * untrained
+    assert base.unet.conv_in.weight[:, 4:].abs().max() > 0
+    assert not any(parameter.requires_grad for parameter in base.text_encoder.parameters())
+
+
+def test_reports_what_a_person_wants_to_see(base, pairs, recipe):
+    record = Recorder()
+    train(base, pairs, recipe.model_copy(update={"steps": 12, "checkpoint_every": 12}), seed=0, report=record)
+    assert [metrics["step"] for metrics in record.metrics] == [10, 12]
+    last = record.metrics[-1]
+    assert last["eta_seconds"] == 0 and last["samples_per_second"] > 0 and last["grad_norm"] > 0
+    assert last["learning_rate"] == recipe.learning_rate
+
+
+def test_warm_up_is_linear_then_constant(recipe):
+    recipe = recipe.model_copy(update={"warmup_steps": 4, "learning_rate": 1.0})
+    assert [learning_rate(recipe, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
