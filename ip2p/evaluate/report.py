@@ -1,0 +1,229 @@
+"""report.html: one file that shows what a run made and how good it is. No network, no scripts, light and dark."""
+
+import math
+from pathlib import Path
+
+import jinja2
+import pyarrow.parquet as pq
+import yaml
+from markupsafe import Markup
+
+from ip2p.evaluate import charts
+from ip2p.evaluate.metrics import Estimate
+from ip2p.evaluate.summary import NAMES, Curve, Row, Summary, summarize
+from ip2p.evaluate.sweep import EDITORS
+from ip2p.evaluate.views import accepted_pairs, comparison, failed_candidates, guidance_grids, shown_rows
+from ip2p.recipe import Recipe
+from ip2p.workspace import Workspace
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def write_report(recipe: Recipe, workspace: Workspace) -> Summary:
+    """Write `report.html` into the workspace, from whatever stages have run, and return its numbers."""
+    summary = summarize(recipe, workspace)
+    with workspace.open_out("report.html") as file:
+        file.write(render(recipe, workspace, summary).encode())
+    return summary
+
+
+def render(recipe: Recipe, workspace: Workspace, summary: Summary) -> str:
+    """The report as HTML."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    helpers = {
+        "percent": percent, "points": points, "interval_text": interval_text, "heat": heat,
+        "finite": lambda value: value if math.isfinite(value) else 0.0,
+    }  # fmt: skip
+    rows = shown_rows(workspace)
+    run = workspace.run()
+    return environment.from_string(TEMPLATE.read_text()).render(
+        **helpers,
+        recipe=recipe,
+        names=NAMES,
+        editors=EDITORS,
+        truth=recipe.truth == "oracle",
+        title=f"InstructPix2Pix, {recipe.name}",
+        subtitle=f"seed {recipe.seed} · every number below is from this run",
+        headline=headline(summary),
+        funnel=summary.funnel,
+        funnel_note=funnel_note(summary),
+        accepted=accepted_pairs(workspace),
+        failures=failed_candidates(workspace),
+        pair_truth=summary.pair_truth,
+        pair_truth_note=pair_truth_note(recipe),
+        grids=guidance_grids(recipe, workspace, rows),
+        **curve_section(summary),
+        accuracies=summary.accuracies,
+        accuracy_note=accuracy_note(recipe),
+        kinds=sorted({kind for result in summary.accuracies for kind in result.by_kind}),
+        comparison=comparison(recipe, workspace, rows),
+        training=training_section(workspace),
+        seconds=[(stage, duration(value)) for stage, value in summary.seconds.items()],
+        recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        versions=run.get("versions", {}),
+    )
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f}%" if math.isfinite(value) else "–"
+
+
+def interval_text(rate: Estimate) -> str:
+    if not math.isfinite(rate.mean):
+        return "no samples"
+    return f"{percent(rate.mean)} ({100 * rate.low:.0f}–{100 * rate.high:.0f}), n {rate.count}"
+
+
+def points(gain: Estimate) -> str:
+    """A difference of rates in percentage points."""
+    if not math.isfinite(gain.mean):
+        return "an unknown amount (no samples)"
+    return f"{100 * gain.mean:+.0f} points ({100 * gain.low:+.0f} … {100 * gain.high:+.0f})".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def heat(rate: Estimate) -> Markup:
+    """A cell's background: the more, the stronger."""
+    share = 55 * rate.mean if math.isfinite(rate.mean) else 0
+    return Markup(f"background:color-mix(in srgb, var(--s0) {share:.0f}%, transparent)")
+
+
+def headline(summary: Summary) -> list[tuple[str, str]]:
+    """The few numbers to see first, as (value, what it is)."""
+    found = []
+    if funnel := summary.funnel:
+        found.append(
+            (f"{funnel.pairs:,}", f"pairs kept of {funnel.candidates:,} candidates for {funnel.captions:,} captions")
+        )
+    if truth := summary.pair_truth:
+        kept, drawn, plain = (
+            truth.rates[way].mean for way in ("shared, filtered", "shared attention", "same noise only")
+        )
+        found.append(
+            (
+                percent(kept),
+                f"of kept pairs are right; {percent(drawn)} of candidates, {percent(plain)} without attention sharing",
+            )
+        )
+    for result in summary.accuracies:
+        if result.model in EDITORS and result.success:
+            others = ", ".join(
+                f"{NAMES[other.model]} {percent(other.success.mean)}"
+                for other in summary.accuracies
+                if other.model not in EDITORS and other.success
+            )
+            found.append((percent(result.success.mean), f"of edits right with {NAMES[result.model]} ({others})"))
+    if summary.seconds:
+        found.append((duration(sum(summary.seconds.values())), "for all stages together"))
+    return found
+
+
+def funnel_note(summary: Summary) -> str:
+    funnel = summary.funnel
+    if funnel is None:
+        return ""
+    note = f"{funnel.pairs:,} pairs kept"
+    if funnel.examples:
+        note += " (" + ", ".join(f"{split} {count:,}" for split, count in funnel.examples.items()) + ")"
+    if funnel.seconds_per_pair:
+        note += f"; a kept pair cost {funnel.seconds_per_pair:.2g} s"
+    if funnel.unet_samples_per_pair:
+        note += f" and {funnel.unet_samples_per_pair:,.0f} UNet samples"
+    return note + "."
+
+
+def pair_truth_note(recipe: Recipe) -> str:
+    sample = recipe.evaluate
+    return (
+        f"For {sample.pair_captions} captions, {sample.pair_candidates} candidates each were made again, with "
+        "attention sharing and without, from the same seeds, so that all four ways are judged on the same captions."
+    )
+
+
+def accuracy_note(recipe: Recipe) -> str:
+    note = (
+        "The same test images and noise for every model. SDEdit gets the edited caption, and the best of its strengths."
+    )
+    if recipe.truth == "oracle":
+        note = (
+            "Held-out scenes, instructions in wordings that training never saw. An edit counts when the oracle finds "
+            "it carried out and everything else as it was. " + note
+        )
+    return note
+
+
+def curve_section(summary: Summary) -> dict:
+    """The curves, their legend, and a line for each trend that the paper claims."""
+    curves = summary.image_guidance
+    if not curves:
+        return {"charts": [], "trends": [], "curve_legend": ""}
+    plane = [plane_series(curve, "s_I") for curve in curves]
+    if summary.sdedit:
+        plane.append(plane_series(summary.sdedit, "strength"))
+    image = [scale_series(curve, curve.image.means) for curve in curves]
+    text = [scale_series(curve, curve.direction.means) for curve in summary.text_guidance]
+    drawn = [
+        (plane, "CLIP image similarity", "CLIP directional similarity",
+         "The paper's Figure 8: s_I swept at a fixed s_T (SDEdit: its strength). Up and to the right is better."),
+        (image, "image guidance s_I", "CLIP image similarity", "More image guidance, closer to the input."),
+        (text, "text guidance s_T", "CLIP directional similarity", "More text guidance, more of the edit."),
+    ]  # fmt: skip
+    if all(curve.success for curve in curves):
+        truth = [scale_series(curve, curve.success or []) for curve in curves]
+        drawn.append((truth, "image guidance s_I", "oracle: edit right", "Carried out and all else preserved."))
+    trends = [
+        {"model": NAMES[curve.model], "scale": scale, "metric": metric, "of": getattr(curve, attribute)}
+        for curves, scale, metric, attribute in (
+            (summary.image_guidance, "s_I", "image similarity", "image"),
+            (summary.text_guidance, "s_T", "direction", "direction"),
+        )
+        for curve in curves
+    ]
+    return {
+        "charts": [
+            {"svg": Markup(charts.line_chart(s, x, y, f"{y} against {x}")), "caption": c} for s, x, y, c in drawn
+        ],
+        "curve_legend": Markup(charts.legend(plane)),
+        "trends": trends,
+    }
+
+
+def scale_series(curve: Curve, means: list[Estimate]) -> charts.Series:
+    found = [charts.Point(scale, mean) for scale, mean in zip(curve.scales, means, strict=True)]
+    return charts.Series(NAMES[curve.model], found)
+
+
+def plane_series(curve: Curve, scale_name: str) -> charts.Series:
+    """Image similarity against directional similarity, the ends labelled with their scale."""
+    found = []
+    for n, (scale, x, y) in enumerate(zip(curve.scales, curve.image.means, curve.direction.means, strict=True)):
+        label = f"{scale_name} {scale:g}" if n in (0, len(curve.scales) - 1) else ""
+        found.append(charts.Point(x.mean, y, label, (x.low, x.high)))
+    return charts.Series(NAMES[curve.model], found)
+
+
+def training_section(workspace: Workspace) -> dict | None:
+    """The losses against the step, from model/training.parquet; None before training."""
+    if not workspace.exists("model", "training.parquet"):
+        return None
+    # Not read_table: the folder holds a model as well.
+    with workspace.open_in("model", "training.parquet") as file:
+        rows = pq.read_table(file).to_pylist()
+    losses = [loss_series("training", rows, "loss"), loss_series("held-out pairs", rows, "validation_loss")]
+    return {
+        "svg": Markup(charts.line_chart(losses, "step", "loss", "loss against step")),
+        "legend": Markup(charts.legend(losses)),
+        "caption": "Mean squared error. On held-out pairs it is that of the averaged weights, the ones exported.",
+    }
+
+
+def loss_series(name: str, rows: list[Row], column: str) -> charts.Series:
+    exact = [
+        charts.Point(row["step"], Estimate(row[column], row[column], row[column], 1)) for row in rows if row[column]
+    ]
+    return charts.Series(name, exact)

@@ -1,0 +1,241 @@
+"""What a run came to, as numbers: computed from the tables of a workspace alone, for the report and the closing table.
+
+A part whose stage has not run is None, so that a report can be made of a run half way.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from ip2p.evaluate.metrics import Estimate, Trend, by_case, difference, estimate, trend
+from ip2p.evaluate.sweep import EDITORS, SDEDIT, UNCHANGED
+from ip2p.pairs.funnel import COLUMNS, funnel
+from ip2p.recipe import Recipe
+from ip2p.workspace import Workspace
+
+Row = dict
+NAMES = {
+    "workspace": "this run's editor",
+    "shipped": "shipped editor",
+    "unchanged": "input unchanged",
+    "sdedit": "SDEdit, edited caption",
+}
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """How many came through each stage, and why the others did not: counts by reason, commonest first."""
+
+    captions: int
+    instructions: int
+    candidates: int
+    accepted: int
+    pairs: int
+    captions_with_pairs: int
+    no_instruction: dict[str, int]
+    failures: dict[str, int]
+    not_accepted: dict[str, int]
+    examples: dict[str, int]  # rows of each split of the dataset
+    seconds_per_pair: float | None  # of a device
+    unet_samples_per_pair: float | None
+
+
+@dataclass(frozen=True)
+class PairTruth:
+    """Oracle rate of 'carried out and all else preserved' among generated pairs."""
+
+    rates: dict[str, Estimate]  # by way of making pairs
+    filter_gain: Estimate  # shared and filtered minus shared, paired over captions
+    sharing_gain: Estimate  # shared minus same noise only
+    by_kind: dict[str, list[Estimate]]  # edit kind -> in the order of `rates`
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One model on the test set at the default scales (SDEdit: its best strength). Without truth there are no rates."""
+
+    model: str
+    setting: str
+    clip_sim_image: Estimate
+    clip_sim_dir: Estimate
+    success: Estimate | None
+    carried_out: Estimate | None
+    preserved: Estimate | None
+    valid: Estimate | None
+    by_kind: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model along one swept scale."""
+
+    model: str
+    scales: list[float]
+    image: Trend
+    direction: Trend
+    success: list[Estimate] | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    funnel: Funnel | None
+    pair_truth: PairTruth | None
+    accuracies: list[Accuracy]
+    image_guidance: list[Curve]  # s_I swept
+    text_guidance: list[Curve]  # s_T swept
+    sdedit: Curve | None  # strength swept
+    seconds: dict[str, float]
+
+
+def summarize(recipe: Recipe, workspace: Workspace) -> Summary:
+    """All numbers of a workspace; the parts that have not run are None or empty."""
+    rows = metric_rows(workspace)
+    sweep = recipe.evaluate
+    models = [model for model in EDITORS if any(row["model"] == model for row in rows)]
+    stages = workspace.run().get("stages", {})
+    return Summary(
+        funnel=summarize_funnel(workspace),
+        pair_truth=summarize_pair_truth(workspace),
+        accuracies=accuracies(recipe, rows),
+        image_guidance=[
+            curve(
+                rows, m, "image_guidance_scale", sweep.image_guidance_scale, guidance_scale=sweep.fixed_guidance_scale
+            )
+            for m in models
+        ],
+        text_guidance=[
+            curve(
+                rows, m, "guidance_scale", sweep.guidance_scale, image_guidance_scale=sweep.fixed_image_guidance_scale
+            )
+            for m in models
+        ],
+        sdedit=curve(rows, SDEDIT, "strength", sweep.sdedit_strengths) if rows else None,
+        seconds={stage: facts["seconds"] for stage, facts in stages.items() if "seconds" in facts},
+    )
+
+
+def metric_rows(workspace: Workspace) -> list[Row]:
+    """The rows of evaluation/metrics.parquet without the images; empty when there are none."""
+    if not workspace.exists("evaluation", "metrics.parquet"):
+        return []
+    table = workspace.read_table("evaluation", "metrics.parquet")
+    return table.drop_columns("image").to_pylist()
+
+
+def summarize_funnel(workspace: Workspace) -> Funnel | None:
+    """None until pairs have been generated."""
+    if not workspace.exists("pairs"):
+        return None
+    counts = funnel(workspace.read_table("pairs", columns=COLUMNS).to_batches())
+    pairs = counts["pairs"]
+    names = {field.name for field in fields(Funnel)} & counts.keys()
+    return Funnel(
+        **{name: counts[name] for name in names},
+        examples={
+            split: workspace.read_table("dataset", split, columns=["pair_id"]).num_rows
+            for split in ("train", "validation", "test")
+            if workspace.exists("dataset", split)
+        },
+        seconds_per_pair=counts["device_seconds"] / pairs if pairs else None,
+        unet_samples_per_pair=counts["unet_samples"] / pairs if pairs else None,
+    )
+
+
+PAIR_WAYS = ("same noise only", "same noise, filtered", "shared attention", "shared, filtered")
+
+
+def summarize_pair_truth(workspace: Workspace) -> PairTruth | None:
+    """None where there is no oracle. Each way of making pairs is a condition on the same captions and seeds."""
+    if not workspace.exists("evaluation", "pair_truth.parquet"):
+        return None
+    rows = []
+    for caption in workspace.read_table("evaluation", "pair_truth.parquet").to_pylist():
+        for candidate in caption["candidates"]:
+            row = {key: caption[key] for key in ("caption_id", "edit_kind")} | candidate
+            way = 2 if row["shared"] else 0
+            rows += [row | {"way": way}] + ([row | {"way": way + 1}] if row["verdict"] == "accepted" else [])
+
+    def rates(some: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+        return by_case(some, "success", list(range(4)), lambda row: row["way"])
+
+    sums, counts = rates(rows)
+    kinds = sorted({row["edit_kind"] for row in rows})
+    return PairTruth(
+        rates=dict(zip(PAIR_WAYS, estimate(sums, counts), strict=True)),
+        filter_gain=difference(sums, counts, 3, 2),
+        sharing_gain=difference(sums, counts, 2, 0),
+        by_kind={kind: estimate(*rates([row for row in rows if row["edit_kind"] == kind])) for kind in kinds},
+    )
+
+
+def default_rows(recipe: Recipe, rows: list[Row], model: str) -> tuple[str, list[Row]]:
+    """(setting, rows) that speak for a model: the recipe's sampling scales, and for SDEdit its best strength.
+
+    Best by truth, without truth by direction: the baseline gets the benefit of the choice.
+    """
+    rows = [row for row in rows if row["model"] == model]
+    if model in EDITORS:
+        s_text, s_image = recipe.sampling.guidance_scale, recipe.sampling.image_guidance_scale
+        at = [row for row in rows if (row["guidance_scale"], row["image_guidance_scale"]) == (s_text, s_image)]
+        return f"s_T {s_text:g}, s_I {s_image:g}", at
+    if model != SDEDIT:
+        return "", rows
+
+    def score(strength: float) -> float:
+        at = [row for row in rows if row["strength"] == strength]
+        return np.mean([row["clip_sim_dir"] if row["success"] is None else row["success"] for row in at]).item()
+
+    best = max(sorted({row["strength"] for row in rows}), key=score)
+    return f"strength {best:g}", [row for row in rows if row["strength"] == best]
+
+
+def accuracies(recipe: Recipe, rows: list[Row]) -> list[Accuracy]:
+    """Every model that was evaluated, editors first."""
+    results = []
+    for model in (*EDITORS, SDEDIT, UNCHANGED):
+        if not any(row["model"] == model for row in rows):
+            continue
+        setting, at = default_rows(recipe, rows, model)
+        truth = {name: _mean(at, name) for name in ("success", "carried_out", "preserved", "valid")}
+        results.append(
+            Accuracy(
+                model,
+                setting,
+                clip_sim_image=_mean(at, "clip_sim_image") or _nothing(),
+                clip_sim_dir=_mean(at, "clip_sim_dir") or _nothing(),
+                **truth,
+                by_kind={
+                    kind: mean
+                    for kind in sorted({row["edit_kind"] for row in at} - {None})
+                    if (mean := _mean([row for row in at if row["edit_kind"] == kind], "success"))
+                },
+            )
+        )
+    return results
+
+
+def curve(rows: list[Row], model: str, scale: str, values: list[float], **fixed: float) -> Curve:
+    """The means of `model` along `scale`, all rows at the `fixed` scales."""
+    rows = [row for row in rows if row["model"] == model and all(row[key] == value for key, value in fixed.items())]
+    values = sorted(values)
+
+    def table(name: str) -> tuple[np.ndarray, np.ndarray]:
+        return by_case(rows, name, values, lambda row: row[scale])
+
+    known = any(row["success"] is not None for row in rows)
+    return Curve(
+        model,
+        values,
+        image=trend(*table("clip_sim_image")),
+        direction=trend(*table("clip_sim_dir")),
+        success=estimate(*table("success")) if known else None,
+    )
+
+
+def _mean(rows: list[Row], name: str) -> Estimate | None:
+    sums, counts = by_case(rows, name, [True], lambda _: True)
+    return estimate(sums, counts)[0] if counts.sum() else None
+
+
+def _nothing() -> Estimate:
+    return Estimate(float("nan"), float("nan"), float("nan"), 0)

@@ -1,0 +1,99 @@
+"""What is edited in an evaluation, and what the oracle says of the results.
+
+In the miniature world a test case is drawn with its answer: a held-out scene, an instruction in a wording that training
+never saw, and the rendering of both scenes. Elsewhere it is a held-out pair of the workspace's own dataset.
+"""
+
+import random
+
+import numpy as np
+import pyarrow as pa
+
+from ip2p import images
+from ip2p.evaluate.sweep import TEST
+from ip2p.miniature.edits import EDIT_KINDS, consistent, draw_triplet, parse_instruction
+from ip2p.miniature.language import parse_caption
+from ip2p.miniature.oracle import Judgement, judge_images, judge_pairs, read_scenes
+from ip2p.miniature.render import render
+from ip2p.recipe import Recipe
+from ip2p.records import caption_id, digest
+from ip2p.workspace import Workspace
+
+# The kinds that even a young editor can do come first: the first test images are shown at all scales.
+KINDS = sorted(EDIT_KINDS, key=lambda kind: kind not in ("background", "look", "recolour"))
+
+
+def test_set(recipe: Recipe, workspace: Workspace) -> pa.Table:
+    """The fixed test cases of a recipe, columns TEST: `evaluate.images` of them, or all that a small dataset has.
+
+    Raises `ValueError` when the workspace has no held-out pairs.
+    """
+    return rendered_cases(recipe) if recipe.truth == "oracle" else dataset_cases(recipe, workspace)
+
+
+def rendered_cases(recipe: Recipe) -> pa.Table:
+    """Held-out scenes with an edit of each kind in turn, in unseen wordings; the images are rendered."""
+    rng = random.Random(digest("test", recipe.seed))
+    cases: dict[str, dict] = {}
+    while len(cases) < recipe.evaluate.images:
+        kind = KINDS[len(cases) % len(KINDS)]
+        caption, instruction, edited_caption, _ = draw_triplet(rng, kind, unseen=True, held_out=True)
+        cases[caption_id(caption)] = {
+            "caption_id": caption_id(caption),
+            "edit_kind": kind,
+            "instruction": instruction,
+            "original_prompt": caption,
+            "edited_prompt": edited_caption,
+            "original_image": images.encode(render(parse_caption(caption))),
+            "edited_image": images.encode(render(parse_caption(edited_caption))),
+        }
+    return pa.Table.from_pylist(list(cases.values()), schema=TEST)
+
+
+def dataset_cases(recipe: Recipe, workspace: Workspace) -> pa.Table:
+    """The best pair (by direction) of each held-out caption: the test split, or without one the validation split."""
+    split = next((split for split in ("test", "validation") if workspace.exists("dataset", split)), None)
+    if split is None:
+        raise ValueError(
+            "no held-out pairs to evaluate on: set dataset.validation_fraction or dataset.test_fraction above 0 and "
+            f"export the dataset of {workspace.location} again"
+        )
+    table = workspace.read_table("dataset", split).sort_by(
+        [("caption_id", "ascending"), ("clip_sim_dir", "descending")]
+    )
+    ids = table["caption_id"].to_numpy(zero_copy_only=False)
+    _, first = np.unique(ids, return_index=True)
+    chosen = sorted(first, key=lambda n: digest("test", recipe.seed, ids[n]))[: recipe.evaluate.images]
+    cases = [
+        {**row, "edit_kind": None, "instruction": row["edit_prompt"]}
+        | {key: row[key]["bytes"] for key in ("original_image", "edited_image")}
+        for row in table.take(chosen).to_pylist()
+    ]
+    return pa.Table.from_pylist([{name: case[name] for name in TEST.names} for case in cases], schema=TEST)
+
+
+def judge_edits(sources: list[np.ndarray], instructions: list[str], results: list[np.ndarray]) -> list[Judgement]:
+    """The oracle on edited test images, all uint8 (32, 32, 3)."""
+    return judge_images(np.stack(sources), instructions, np.stack(results))
+
+
+def edit_kind(caption: str, instruction: str) -> str | None:
+    """The kind of edit that an instruction about a captioned scene asks for; None when it makes no sense there."""
+    try:
+        return parse_instruction(instruction, parse_caption(caption)).kind
+    except ValueError:
+        return None
+
+
+def judge_candidates(
+    caption: str, instruction: str, edited_caption: str, pairs: list[tuple[np.ndarray, np.ndarray]]
+) -> list[Judgement]:
+    """The oracle on generated pairs (before, after), uint8 (32, 32, 3), of one caption.
+
+    When the instruction does not turn the one caption into the other, no pair can be right.
+    """
+    before, after = (np.stack(side) for side in zip(*pairs, strict=True))
+    if consistent(caption, instruction, edited_caption) is None:
+        return list(judge_pairs([caption] * len(pairs), [edited_caption] * len(pairs), before, after))
+    readings = zip(read_scenes(before), read_scenes(after), strict=True)
+    return [Judgement(False, False, before.valid and after.valid, 0.0) for before, after in readings]

@@ -1,0 +1,144 @@
+"""What the report shows as pictures: contact sheets, the grid of the two scales, models side by side."""
+
+import base64
+
+import numpy as np
+
+from ip2p import images
+from ip2p.evaluate.summary import NAMES, Row, default_rows
+from ip2p.evaluate.sweep import EDITORS, SDEDIT, SHIPPED, WORKSPACE
+from ip2p.recipe import Recipe
+from ip2p.records import digest
+from ip2p.workspace import Workspace
+
+SHOWN_PAIRS, SHOWN_FAILURES, SHOWN_CASES = 24, 12, 12
+PIXEL_ART = 64  # px: images up to this size are enlarged with hard edges
+LARGEST = 256  # px: larger images are shown smaller, so that the report stays a file one can mail
+
+
+def picture(data: bytes) -> dict:
+    """An image for the page: {uri, pixels (whether to enlarge it with hard edges)}."""
+    image = images.decode(data)
+    height, width = image.shape[:2]
+    if max(height, width) <= LARGEST:
+        return {"uri": data_uri(images.encode(image, "png"), "png"), "pixels": max(height, width) <= PIXEL_ART}
+    scale = LARGEST / max(height, width)
+    small = images.resize(image, round(height * scale), round(width * scale))
+    return {"uri": data_uri(images.encode(small, "jpeg"), "jpeg"), "pixels": False}
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def accepted_pairs(workspace: Workspace) -> list[dict]:
+    """The best pair of each of SHOWN_PAIRS captions, the captions in the order of a hash."""
+    if not workspace.exists("pairs"):
+        return []
+    table = workspace.read_table("pairs", columns=["caption_id", "pairs"])
+    order = np.argsort([digest("shown", i) for i in table["caption_id"].to_pylist()])
+    chosen = []
+    for n in order:
+        row = table.slice(n, 1)
+        if row["pairs"][0].as_py():
+            chosen.append(int(n))
+        if len(chosen) == SHOWN_PAIRS:
+            break
+    rows = workspace.read_table("pairs").take(chosen).to_pylist() if chosen else []
+    return [pair_view(row, row["pairs"][0], tags=[]) for row in rows]
+
+
+def failed_candidates(workspace: Workspace) -> list[dict]:
+    """Candidates made with attention sharing that the oracle found wrong; those that the filter let through first."""
+    if not workspace.exists("evaluation", "pair_truth.parquet"):
+        return []
+    wrong = [
+        (row, candidate)
+        for row in workspace.read_table("evaluation", "pair_truth.parquet").to_pylist()
+        for candidate in row["candidates"]
+        if candidate["shared"] and not candidate["success"]
+    ]
+    wrong.sort(key=lambda pair: digest("failure", pair[1]["seed"]))
+    through = [pair for pair in wrong if pair[1]["verdict"] == "accepted"][: SHOWN_FAILURES // 2]
+    refused = [pair for pair in wrong if pair[1]["verdict"] != "accepted"][: SHOWN_FAILURES - len(through)]
+    return [pair_view(row, candidate, failure_tags(candidate)) for row, candidate in through + refused]
+
+
+def failure_tags(candidate: Row) -> list[tuple[str, bool]]:
+    """(text, is it good?) of a candidate that the oracle judged."""
+    if not candidate["valid"]:
+        found = [("not a valid scene", False)]
+    else:
+        found = [
+            ("carried out" if candidate["carried_out"] else "not carried out", candidate["carried_out"]),
+            ("rest preserved" if candidate["preserved"] else "rest changed", candidate["preserved"]),
+        ]
+    accepted = candidate["verdict"] == "accepted"
+    return [*found, ("filter: let through" if accepted else f"filter: {candidate['verdict']}", not accepted)]
+
+
+def pair_view(row: Row, pair: Row, tags: list[tuple[str, bool]]) -> dict:
+    texts = {key: row[key] for key in ("original_prompt", "edit_prompt", "edited_prompt")}
+    pictures = {"before": picture(pair["original_image"]), "after": picture(pair["edited_image"])}
+    return {**pair, **texts, **pictures, "tags": tags}
+
+
+def shown_rows(workspace: Workspace) -> list[Row]:
+    """All metric rows, with images."""
+    if not workspace.exists("evaluation", "metrics.parquet"):
+        return []
+    return workspace.read_table("evaluation", "metrics.parquet").to_pylist()
+
+
+def test_cases(workspace: Workspace) -> list[Row]:
+    return workspace.read_table("evaluation", "test").to_pylist()
+
+
+def guidance_grids(recipe: Recipe, workspace: Workspace, rows: list[Row]) -> list[dict]:
+    """The s_I x s_T grid of each grid image, by the shipped editor where there is one."""
+    models = [model for model in (SHIPPED, WORKSPACE) if any(row["model"] == model for row in rows)]
+    if not models:
+        return []
+    s_texts, s_images = sorted(recipe.evaluate.guidance_scale), sorted(recipe.evaluate.image_guidance_scale)
+    grids = []
+    for case in test_cases(workspace)[: recipe.evaluate.grid_images]:
+        # Rows come in any order; of several seeds the smallest is shown, the same everywhere.
+        mine = [row for row in rows if row["model"] == models[0] and row["caption_id"] == case["caption_id"]]
+        mine.sort(key=lambda row: row["seed"], reverse=True)
+        at = {(row["guidance_scale"], row["image_guidance_scale"]): row["image"] for row in mine}
+        table = [(s_text, [picture(at[s_text, s_image]) for s_image in s_images]) for s_text in s_texts]
+        facts = {
+            "instruction": case["instruction"],
+            "model": NAMES[models[0]],
+            "source": picture(case["original_image"]),
+        }
+        grids.append({**facts, "image_guidance": s_images, "rows": table})
+    return grids
+
+
+def comparison(recipe: Recipe, workspace: Workspace, rows: list[Row]) -> dict | None:
+    """Test images under every model that makes something, side by side."""
+    models = [model for model in (*EDITORS, SDEDIT) if any(row["model"] == model for row in rows)]
+    if not models:
+        return None
+    by_model = [{row["caption_id"]: row for row in default_rows(recipe, rows, model)[1]} for model in models]
+    cases = [
+        {
+            **{key: case[key] for key in ("instruction", "edit_kind")},
+            "source": picture(case["original_image"]),
+            "target": picture(case["edited_image"]),
+            "cells": [cell(made[case["caption_id"]]) for made in by_model],
+        }
+        for case in test_cases(workspace)[:SHOWN_CASES]
+    ]
+    return {"models": [NAMES[model] for model in models], "cases": cases}
+
+
+def cell(row: Row) -> dict:
+    if row["success"]:
+        text = "right"
+    elif row["valid"] is False:
+        text = "no valid scene"
+    else:
+        text = "rest changed" if row["carried_out"] else "not carried out"
+    return {"image": picture(row["image"]), "success": row["success"], "text": text}
