@@ -199,15 +199,14 @@ def _explain_flags(model: type[BaseModel], message: str) -> str:
 
 
 def _nearest(model: type[BaseModel], key: str, prefix: str = "") -> str:
-    keys = [".".join(path) for path in _keys(model)]
-    inside = [other for other in keys if other.rpartition(".")[0] == key.rpartition(".")[0]]
-    for candidates in (inside, keys):
-        if near := difflib.get_close_matches(key, candidates, n=1):
-            return f"; did you mean {prefix}{near[0]}?"
-    # The right name in the wrong section, or nothing like any key.
-    if same := [other for other in keys if other.rpartition(".")[2] == key.rpartition(".")[2]]:
-        return f"; did you mean {prefix}{same[0]}?"
-    return f"; there are {', '.join(prefix + other for other in inside)}" if "." in key and inside else ""
+    """What was probably meant: a like name in that section, that name in another one; or what there is."""
+    keys = {".".join(path): path[-1] for path in _keys(model)}
+    section, _, name = key.rpartition(".")
+    inside = {other: last for other, last in keys.items() if other.rpartition(".")[0] == section}
+    for candidates, cutoff in ((inside, 0.6), (keys, 0.9)):
+        if near := difflib.get_close_matches(name, candidates.values(), n=1, cutoff=cutoff):
+            return f"; did you mean {prefix}{next(other for other, last in candidates.items() if last == near[0])}?"
+    return f"; there are {', '.join(prefix + other for other in inside)}" if section and inside else ""
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -21,8 +21,7 @@ class ClipSimilarity:
         assert images.dtype in (np.uint8, torch.uint8) and images.shape[-1] == 3, (images.dtype, images.shape)
         x = torch.as_tensor(images).to(self.clip.device).permute(0, 3, 1, 2).float()
         x = _resize_and_crop(x, self.clip.size, self.clip.resize_mode, self.clip.interpolation)
-        # An 8-bit image comes out of a resize rounded and clipped; the model knows no others.
-        return (x.round().clamp(0, 255) / 255 - self._mean) / self._std
+        return (x / 255 - self._mean) / self._std
 
     @torch.no_grad()
     def embed_images(self, images: np.ndarray | Tensor) -> Tensor:
@@ -37,7 +36,7 @@ class ClipSimilarity:
 
 
 def similarities(i0: Tensor, i1: Tensor, t0: Tensor, t1: Tensor) -> dict[str, Tensor]:
-    """The four similarities, (B,) each, of normalised embeddings (B, D) of images and captions before (0) and after (1).
+    """The four similarities, (B,) each, of normalised embeddings (B, D) of images and texts before (0) and after (1).
 
     clip_sim_0 = cos(I0, T0), clip_sim_1 = cos(I1, T1), clip_sim_image = cos(I0, I1),
     clip_sim_dir = cos(I1 - I0, T1 - T0); 0 where nothing changed.
@@ -61,7 +60,9 @@ def _resize_and_crop(x: Tensor, size: tuple[int, int], mode: str, interpolation:
     else:
         ratio = min(height / size[0], width / size[1])
         resized = (round(height / ratio), round(width / ratio))
-    if resized != (height, width):
-        x = F.interpolate(x, resized, mode=interpolation, antialias=True, align_corners=False)
+    # Pillow, which the model was trained with, resizes rows, then columns, and keeps 8 bits after each.
+    for step in ((height, resized[1]), resized):
+        if x.shape[-2:] != step:
+            x = F.interpolate(x, step, mode=interpolation, antialias=True, align_corners=False).round().clamp(0, 255)
     top, left = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
     return x[..., top : top + size[0], left : left + size[1]]

@@ -5,11 +5,10 @@ keep transparency reads it with `decode_alpha` and puts it back with `encode(ima
 """
 
 import io
-import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 MAX_PIXELS = 64_000_000
@@ -26,10 +25,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     picture = _open(data, max_pixels)
     if not picture.has_transparency_data:
-        return np.asarray(_to_srgb(picture))
-    rgba = picture.convert("RGBA")
-    rgb, alpha = np.asarray(rgba)[..., :3].astype(np.float32), np.asarray(rgba)[..., 3:].astype(np.float32) / 255
-    return np.round(rgb * alpha + WHITE * (1 - alpha)).astype(np.uint8)
+        return np.array(_srgb(picture))
+    alpha = _alpha(picture).astype(np.float32)[..., None] / 255
+    return np.round(np.asarray(_srgb(picture)) * alpha + WHITE * (1 - alpha)).astype(np.uint8)
 
 
 def decode_alpha(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
@@ -37,12 +35,12 @@ def decode_alpha(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | None
     picture = _open(data, max_pixels)
     if not picture.has_transparency_data:
         return None
-    alpha = np.asarray(picture.convert("RGBA"))[..., 3]
+    alpha = _alpha(picture)
     return None if alpha.min() == 255 else alpha
 
 
 def encode(image: np.ndarray, format: str = "png", alpha: np.ndarray | None = None) -> bytes:
-    """uint8 (H, W, 3), with opacity uint8 (H, W) if any -> bytes of a png or webp (lossless), or a jpeg (quality 95)."""
+    """uint8 (H, W, 3), with opacity uint8 (H, W) or not -> bytes of a png or webp (lossless) or a jpeg."""
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
     if format not in ("png", "webp", "jpeg"):
         raise ValueError(f"format {format!r}: choose png, webp or jpeg")
@@ -87,47 +85,48 @@ def fit(image: np.ndarray, max_side: int, multiple: int) -> np.ndarray:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The first frame, decoded and upright, in whatever mode it has."""
+    """The first frame, decoded and upright, 8 bits a channel in whatever colour space it has."""
     if not data:
         raise ValueError("the image is empty (0 bytes): send the bytes of a PNG, JPEG or WebP file")
     try:
-        with warnings.catch_warnings():
-            # Pillow's own limit warns from half of it on; ours below is the one that counts.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = picture.size
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"the image is {width}x{height}, more than {max_pixels} pixels: send a smaller version of it"
-                )
-            picture.load()
-            return ImageOps.exif_transpose(picture)
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"the image has more than {max_pixels} pixels: send a smaller version of it") from error
-    except UnidentifiedImageError as error:
+    except Exception as error:  # whatever a decoder makes of hostile bytes
         raise ValueError(f"not an image that can be read ({len(data)} bytes): send a PNG, JPEG or WebP file") from error
-    except (OSError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
-        # Pillow's decoders raise any of these on damaged files.
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ValueError(f"the image is {width}x{height}, more than {max_pixels} pixels: send a smaller version of it")
+    try:
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+    except Exception as error:
         raise ValueError(f"the image is damaged or cut short ({error}): send the whole file again") from error
+    return _eight_bits(upright) if upright.mode.startswith(("I", "F")) else upright
 
 
-def _to_srgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return _sixteen_bits(picture).convert("RGB")
-    if picture.mode == "CMYK" and (profile := picture.info.get("icc_profile")):
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            return converted or picture.convert("RGB")
-        except (ImageCms.PyCMSError, OSError):
-            return picture.convert("RGB")
-    return picture.convert("RGB")
-
-
-def _sixteen_bits(picture: Image.Image) -> Image.Image:
-    """16-bit and float greyscale -> 8 bits; Pillow's own convert clips everything above 255 to white."""
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float greyscale -> 8 bits. Pillow's own convert makes everything above 255 white."""
     values = np.asarray(picture).astype(np.float32)
-    top = 255.0 if values.max() <= 255 and picture.mode != "I;16" else 65535.0
-    if picture.mode == "F" and values.max() <= 1:
-        top = 1.0
+    deep = picture.mode.startswith("I;16") or values.max() > 255
+    top = 65535.0 if deep else 1.0 if picture.mode == "F" and values.max() <= 1 else 255.0
     return Image.fromarray(np.round(values.clip(0, top) / top * 255).astype(np.uint8))
+
+
+def _alpha(picture: Image.Image) -> np.ndarray:
+    return np.array(picture.convert("RGBA"))[..., 3]
+
+
+def _srgb(picture: Image.Image) -> Image.Image:
+    """RGB without transparency, turned into sRGB where the picture brings another colour profile."""
+    if picture.mode not in ("RGB", "CMYK"):
+        # By way of RGBA, where there is transparency: a palette's transparent entry has a colour, too.
+        return picture.convert("RGBA").convert("RGB") if picture.has_transparency_data else picture.convert("RGB")
+    profile = picture.info.get("icc_profile")
+    if not profile or b"sRGB" in profile:
+        return picture.convert("RGB")
+    try:
+        source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(picture, source, target, outputMode="RGB") or picture.convert("RGB")
+    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for other channels: the pixels are as good
+        return picture.convert("RGB")

@@ -63,7 +63,7 @@ class TextToImage:
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """Prompts -> (B, L, D), the last hidden states of all L tokens; what is longer is cut, as in Stable Diffusion."""
+        """Prompts -> (B, L, D), the last hidden states of all L tokens; longer prompts are cut."""
         tokens = self.tokenizer(
             prompts,
             padding="max_length",
