@@ -145,7 +145,11 @@ def load_clip(ref: ClipRef, device: str = "auto", key: str = "models.clip") -> C
     tag = open_clip.get_pretrained_cfg(name, ref.pretrained) if ref.pretrained else {}
     try:
         model = open_clip.create_model(
-            name, pretrained=ref.pretrained, device=device, force_quick_gelu=tag.get("quick_gelu", False)
+            name,
+            pretrained=ref.pretrained,
+            device=device,
+            force_quick_gelu=tag.get("quick_gelu", False),
+            require_pretrained=True,  # or a directory without weights would judge at random
         )
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError) as error:

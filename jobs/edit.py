@@ -116,7 +116,7 @@ def load(settings: Edit, recipe: Recipe) -> Editor:
 def edit_with_progress(editor: Editor, requests: list[EditRequest]) -> list[np.ndarray]:
     """`Editor.edit` with a bar over all denoising steps, on standard error."""
     with tqdm(total=sum(request.steps for request in requests), unit="step", desc="edit", delay=2) as bar:
-        return editor.edit(requests, progress=lambda moved: bar.update(moved) and None)
+        return editor.edit(requests, progress=bar.update)
 
 
 def main(argv: list[str] | None = None) -> None:

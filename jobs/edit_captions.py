@@ -25,11 +25,12 @@ from ip2p.miniature.edits import EDIT_KINDS, draw_triplet
 from ip2p.recipe import FileCaptions, GrammarCaptions, Instructions, Recipe, locate
 from ip2p.records import CAPTIONS, INSTRUCTIONS, caption_id, digest
 from ip2p.workspace import Workspace
+from jobs.cluster import connect
 
 ROWS_PER_FILE = 5000
-# Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and tasks need room as well.
+# Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and a task needs room as well.
 ENGINE_CPUS = 0.5
-TASK_CPUS = 0.2
+TASK_CPUS = 0.5
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start: the engine's core runs the model itself
@@ -44,8 +45,7 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     left = len(ids(workspace, "captions") - ids(workspace, "instructions"))
     print(f"edit_captions: {counts['captions']} captions, {left} to do, {counts['duplicates']} duplicates left out")
     if left:
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False)
+        connect()
         generate(recipe, workspace)
     rows = workspace.read_table("instructions").to_pylist()
     counts |= summary(rows)
@@ -141,6 +141,8 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
         checkpoint_path=workspace.uri("checkpoints", "instructions"),
         delete_checkpoint_on_success=False,
     )
+    # The newer reader starts 32 actors to read the footers of a few files: on two cores that takes minutes.
+    reader_before, context.use_datasource_v2 = context.use_datasource_v2, False
     light: dict[str, Any] = {"num_cpus": TASK_CPUS}
     model = build_processor(
         engine_config(recipe),
@@ -151,9 +153,9 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
     )
     print(f"edit_captions: starting {settings.replicas} vLLM engine(s) with {recipe.models.llm.path}")
     try:
-        captions = ray.data.read_parquet(
-            workspace.path("captions"), filesystem=workspace.fs, ray_remote_args=light
-        ).repartition(target_num_rows_per_block=settings.batch_size)
+        captions = ray.data.read_parquet(workspace.path("captions"), filesystem=workspace.fs, **light).repartition(
+            target_num_rows_per_block=settings.batch_size
+        )
         (
             model(captions)
             .map(lambda row: read_answer(row, settings), **light)
@@ -162,7 +164,8 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
             )
         )
     finally:
-        context.checkpoint_config = None  # it is the whole process's, and other stages have other ids
+        # Both are the whole process's, and other stages have other ids.
+        context.checkpoint_config, context.use_datasource_v2 = None, reader_before
 
 
 def engine_config(recipe: Recipe) -> vLLMEngineProcessorConfig:

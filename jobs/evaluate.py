@@ -25,6 +25,7 @@ from ip2p.evaluate.truth import test_set
 from ip2p.recipe import Recipe, locate
 from ip2p.records import digest
 from ip2p.workspace import Workspace
+from jobs.cluster import connect
 
 # Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and tasks need room as well.
 ACTOR_CPUS = 0.4
@@ -51,8 +52,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Summary:
     print(f"evaluate: {edits.num_rows} edits of {test.num_rows} test images by {', '.join(names)} and the baselines")
     write_part(workspace, test, "test")
     write_part(workspace, edits, "edits")
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False)
+    connect()
     rows_per_task = recipe.evaluate.batch_size
     chain(
         recipe, workspace, "edits", "metrics.parquet", "edit_id", EditScorer, (recipe, workspace, test), rows_per_task

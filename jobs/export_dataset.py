@@ -6,6 +6,7 @@ pairs/ -> one row for every accepted pair -> split by caption id -> dataset/{tra
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from ip2p.pairs.export import SPLITS, explode, with_features
 from ip2p.recipe import Recipe
 from ip2p.records import split_of
 from ip2p.workspace import Workspace
+from jobs.cluster import connect
 
 SHARD_BYTES = 256 * 2**20  # of pairs/, which become one file of each split
 ROW_GROUP = 64  # rows; small enough to be looked at one by one
@@ -37,14 +39,13 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     if not workspace.counts("pairs")["pairs"]:
         raise ValueError(f"{workspace.uri('pairs')} holds no pair: lower pairs.thresholds or draw more candidates")
     started = time.perf_counter()
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False)
+    connect()
     if workspace.exists("dataset"):
         workspace.fs.delete_dir(workspace.path("dataset"))  # what a killed run left
     work = [{"shard": n, "paths": paths} for n, paths in enumerate(shards(workspace))]
     written = (
         ray.data.from_items(work, override_num_blocks=len(work))
-        .map(export_shard, fn_args=(recipe, workspace.location), num_cpus=TASK_CPUS)
+        .map(partial(export_shard, recipe=recipe, location=workspace.location), num_cpus=TASK_CPUS)
         .take_all()
     )
     counts = {split: sum(row[split] for row in written) for split in SPLITS}

@@ -18,6 +18,7 @@ from ip2p.pairs.funnel import COLUMNS, funnel, show
 from ip2p.pairs.generate import PairGenerator
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
+from jobs.cluster import connect
 
 TASK_CPUS = 0.2
 # On a CPU-only cluster the generators leave room: a resumed run's checkpoint filter holds a whole CPU, tasks a fifth.
@@ -38,8 +39,7 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     if not workspace.done("instructions"):
         raise ValueError(f"{workspace.uri('instructions')} is not complete: run jobs.edit_captions first")
     started = time.perf_counter()
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False)
+    connect()
     generate(recipe, workspace)
     counts = funnel(read_pairs(workspace))
     seconds = time.perf_counter() - started

@@ -1,22 +1,21 @@
 """Train the miniature family from nothing, or measure the one that ships.
 
     python -m jobs.pretrain_miniature --measure                      what the shipped models can do, on held-out scenes
-    python -m jobs.pretrain_miniature                                train all four, in order (hours on a CPU)
+    python -m jobs.pretrain_miniature                                train them, in order (hours on a CPU)
     python -m jobs.pretrain_miniature --models clip --steps.clip 200 one of them, shortly
 
 Each model is trained by Ray Train on scenes drawn afresh, with fixed seeds; the same command goes on where it stopped.
-Several workers average their gradients. The editor is trained by `make reproduce` and shipped by `--ship-editor`.
+Several workers average their gradients.
 """
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
 import torch
-from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 from ray.train import RunConfig, ScalingConfig
@@ -24,29 +23,33 @@ from ray.train.torch import TorchTrainer, get_device
 from rich.console import Console
 from rich.table import Table
 
-from ip2p.miniature import autoencoder, clip, language_model, text_to_image
+from ip2p.miniature import autoencoder, clip, editor, language_model, text_to_image
 from ip2p.miniature.fit import Run
 from ip2p.models import load_clip
 from ip2p.recipe import ClipRef
+from jobs.cluster import connect
 
 WEIGHTS = Path(__file__).parent.parent / "ip2p" / "miniature" / "weights"
-Name = Literal["autoencoder", "text_to_image", "clip", "language_model"]
+Name = Literal["autoencoder", "text_to_image", "clip", "language_model", "editor"]
 
 
 class Steps(BaseModel):
     """Training steps; the defaults made what ships."""
 
-    autoencoder: int = 1500
+    autoencoder: int = 1300
     text_encoder: int = 1000
-    text_to_image: int = 9000
-    clip: int = 1200
+    text_to_image: int = 3600
+    clip: int = 1000
     language_model: int = language_model.STEPS
+    editor: int = 5000
 
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(cli_prog_name="python -m jobs.pretrain_miniature", extra="forbid")
 
-    models: list[Name] = Field(["autoencoder", "text_to_image", "clip", "language_model"], description="which to train")
+    models: list[Name] = Field(
+        ["autoencoder", "text_to_image", "clip", "language_model", "editor"], description="which to train"
+    )
     steps: Steps = Steps()
     output: Path = Field(WEIGHTS, description="where the models are written, or measured")
     checkpoints: Path = Field(Path("runs/pretrain"), description="where the state of unfinished training is kept")
@@ -55,7 +58,6 @@ class Settings(BaseSettings):
     seed: int = 0
     measure: bool = Field(False, description="train nothing; print the table of what the models in --output can do")
     scenes: int = Field(512, ge=64, description="held-out scenes for --measure")
-    ship_editor: Path | None = Field(None, description="train nothing; put this workspace's model into --output, fp16")
 
 
 def train_one(config: dict[str, Any]) -> None:
@@ -83,6 +85,9 @@ def train_one(config: dict[str, Any]) -> None:
     elif name == "clip":
         vae = AutoencoderKL.from_pretrained(pretrained / "vae", torch_dtype=torch.float32)
         clip.train_clip(out / "clip", run, vae, steps=steps.clip)
+    elif name == "editor":
+        base = StableDiffusionPipeline.from_pretrained(pretrained, torch_dtype=torch.float32)
+        editor.train_editor(out / "editor", run, base, steps=steps.editor)
     else:
         language_model.train(
             out / "language_model",
@@ -96,7 +101,7 @@ def train_one(config: dict[str, Any]) -> None:
 
 
 def train_all(settings: Settings) -> None:
-    ray.init(include_dashboard=False, ignore_reinit_error=True)
+    connect()
     if settings.workers > 1 and "language_model" in settings.models:
         raise ValueError("--workers: the language model trains on one worker; give --models without it, or --workers 1")
     cpus = max(1, int(ray.cluster_resources()["CPU"]) // settings.workers)
@@ -139,23 +144,9 @@ def show(figures: dict[str, dict[str, float]]) -> None:
     Console().print(table)
 
 
-def ship_editor(workspace: Path, output: Path) -> None:
-    """Copy a workspace's trained editor to `output/editor` in fp16, with its card."""
-    source = workspace / "model"
-    if not (source / "model_index.json").exists():
-        raise ValueError(
-            f"--ship-editor: {workspace} holds no trained model; run `make reproduce WORKSPACE={workspace}`"
-        )
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(source, torch_dtype=torch.float16)
-    pipeline.save_pretrained(output / "editor")
-    shutil.copy(source / "README.md", output / "editor" / "README.md")
-
-
 def main() -> None:
     settings = CliApp.run(Settings)
-    if settings.ship_editor:
-        ship_editor(settings.ship_editor, settings.output)
-    elif settings.measure:
+    if settings.measure:
         figures = measure_all(settings)
         show(figures)
         (settings.output / "measured.json").write_text(json.dumps(figures, indent=1) + "\n")

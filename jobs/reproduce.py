@@ -6,7 +6,6 @@ captions -> instructions -> pairs -> dataset -> editor -> evaluation -> report.h
 import time
 from types import ModuleType
 
-import ray
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from ip2p.evaluate.summary import NAMES, Summary, summarize
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
 from jobs import edit_captions, evaluate, export_dataset, generate_pairs, train
+from jobs.cluster import connect
 
 STAGES: dict[ModuleType, str] = {
     edit_captions: "a language model writes instructions and edited captions",
@@ -30,8 +30,7 @@ STAGES: dict[ModuleType, str] = {
 def run(recipe: Recipe, workspace: Workspace) -> Summary:
     """Run what has not been done yet of the five stages, and print the results."""
     evaluate.check(recipe)  # the last stage's models: better told now than after an hour
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False)
+    connect()
     console = Console(highlight=False)
     for number, (stage, what) in enumerate(STAGES.items(), 1):
         name = stage.__name__.removeprefix("jobs.")

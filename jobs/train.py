@@ -30,11 +30,13 @@ from ip2p.train.latents import LatentPairs
 from ip2p.train.loop import train
 from ip2p.train.unet import widen_conv_in
 from ip2p.workspace import Workspace
+from jobs.cluster import connect
 
 CURVE = pa.schema(
     [("step", pa.int64())]
     + [(name, pa.float64()) for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "validation_loss")]
 )
+SPLITS = ("train", "validation")
 ROWS_PER_ENCODING_BATCH = 32
 SECONDS_BETWEEN_LINES = 10
 
@@ -47,16 +49,9 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     started = time.perf_counter()
     # Ray Train would move its workers to another directory, where a recipe's relative paths mean nothing.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False)
+    connect()
     recipe = with_base(recipe)
-    if not row_count(workspace, "train"):
-        raise ValueError(
-            f"no pairs in dataset/train of {workspace.location}: run jobs.export_dataset, or accept more pairs"
-        )
-    for split in ("train", "validation"):
-        if row_count(workspace, split):
-            encode(recipe, workspace, split)
+    encode(recipe, workspace)
     checkpoint = fit(recipe, workspace)
     counts = write_model(recipe, workspace, checkpoint)
     workspace.mark_done("model", **counts)
@@ -87,21 +82,21 @@ def uses_gpu(recipe: Recipe) -> bool:
     return recipe.device != "cpu" and gpus > 0
 
 
-def row_count(workspace: Workspace, split: str) -> int:
-    """Pairs in dataset/<split>; 0 if there is no such split."""
-    if not any(path.endswith(".parquet") for path in workspace.files("dataset", split)):
-        return 0
-    return workspace.read_table("dataset", split, columns=["pair_id"]).num_rows
-
-
-def encode(recipe: Recipe, workspace: Workspace, split: str) -> None:
-    """dataset/<split> -> latents/<split>, unless that was done from the same pairs by the same model."""
-    stage, source = f"latents/{split}", source_digest(recipe, workspace, split)
-    if workspace.done(stage) and workspace.counts(stage)["source"] == source:
+def encode(recipe: Recipe, workspace: Workspace) -> None:
+    """dataset/{train,validation} -> latents/, unless that was done from the same pairs by the same model."""
+    folders = [split for split in SPLITS if parquet_files(workspace, split)]
+    if "train" not in folders or not workspace.read_table("dataset", "train", columns=["pair_id"]).num_rows:
+        raise ValueError(
+            f"no pairs in dataset/train of {workspace.location}: run jobs.export_dataset, or accept more pairs"
+        )
+    source = source_digest(recipe, workspace)
+    if workspace.done("latents") and workspace.counts("latents")["source"] == source:
         return
-    print(f"train: encoding dataset/{split} to {stage}")
+    print(f"train: encoding dataset/ ({', '.join(folders)}) to latents/", flush=True)
     (
-        ray.data.read_parquet(workspace.path("dataset", split), filesystem=workspace.fs)
+        ray.data.read_parquet(
+            [workspace.path("dataset", split) for split in folders], filesystem=workspace.fs, include_paths=True
+        )
         .map_batches(
             PairEncoder,
             fn_constructor_args=(recipe,),
@@ -110,24 +105,27 @@ def encode(recipe: Recipe, workspace: Workspace, split: str) -> None:
             compute=ActorPoolStrategy(size=recipe.train.encode_replicas),
             num_gpus=1 if uses_gpu(recipe) else 0,
         )
-        .write_parquet(workspace.path(stage), filesystem=workspace.fs, mode=SaveMode.OVERWRITE)
+        .write_parquet(workspace.path("latents"), filesystem=workspace.fs, mode=SaveMode.OVERWRITE)
     )
-    rows = workspace.read_table(stage, columns=["status", "reason", "pair_id"]).to_pylist()
+    rows = workspace.read_table("latents", columns=["pair_id", "split", "status", "reason"]).to_pylist()
     failed = [row for row in rows if row["status"] != "ok"]
     for row in failed[:5]:
         print(f"train: pair {row['pair_id']} is left out: {row['reason']}")
-    workspace.mark_done(stage, source=source, rows=len(rows), failed=len(failed))
+    pairs = {split: sum(row["split"] == split and row["status"] == "ok" for row in rows) for split in SPLITS}
+    workspace.mark_done("latents", source=source, **pairs, failed=len(failed))
 
 
-def source_digest(recipe: Recipe, workspace: Workspace, split: str) -> str:
-    """Changes when the pairs of a split, the model that encodes them or how it does may have changed."""
-    root = workspace.path("dataset", split)
-    files = workspace.fs.get_file_info(
-        [path for path in workspace.files("dataset", split) if path.endswith(".parquet")]
-    )
+def parquet_files(workspace: Workspace, split: str) -> list[str]:
+    return [path for path in workspace.files("dataset", split) if path.endswith(".parquet")]
+
+
+def source_digest(recipe: Recipe, workspace: Workspace) -> str:
+    """Changes when the pairs, the model that encodes them or how it does may have changed."""
+    files = workspace.fs.get_file_info([path for split in SPLITS for path in parquet_files(workspace, split)])
+    names = [(file.path.removeprefix(workspace.path("dataset")), file.size) for file in files]
     section = recipe.train.model_dump(mode="json", include={"base", "resolution", "flip"})
     vae = recipe.models.vae and recipe.models.vae.model_dump(mode="json")
-    return short_digest([[(file.path.removeprefix(root), file.size) for file in files], section, vae])
+    return short_digest([names, section, vae])
 
 
 def short_digest(value: Any) -> str:
@@ -142,7 +140,7 @@ def fit(recipe: Recipe, workspace: Workspace) -> ray.train.Checkpoint:
     )
     # Another recipe or other pairs start anew; more steps, or other intervals between checkpoints, go on.
     same = recipe.train.model_dump(mode="json", exclude={"steps", "checkpoint_every", "encode_replicas"})
-    name = "train-" + short_digest([same, recipe.seed, workspace.counts("latents/train")["source"]])
+    name = "train-" + short_digest([same, recipe.seed, workspace.counts("latents")["source"]])
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"recipe": recipe, "workspace": workspace, "threads": cpus},
@@ -177,10 +175,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config["threads"])
     model = load_base(recipe, str(get_device()))
-    pairs = LatentPairs(workspace.read_table("latents", "train"))
-    validation = None
-    if workspace.done("latents/validation"):
-        validation = LatentPairs(workspace.read_table("latents", "validation"))
+    latents = workspace.read_table("latents")
+    pairs = LatentPairs(latents, "train")
+    validation = LatentPairs(latents, "validation") if workspace.counts("latents")["validation"] else None
     state, curve = load_checkpoint(ray.train.get_checkpoint(), model.device)
     if state is not None and state["step"] > recipe.train.steps:
         raise ValueError(
@@ -257,10 +254,10 @@ def write_model(recipe: Recipe, workspace: Workspace, checkpoint: ray.train.Chec
     state, curve = load_checkpoint(checkpoint, "cpu")
     assert state is not None
     write_curve(workspace, curve)
-    encoded = workspace.counts("latents/train")
+    encoded = workspace.counts("latents")
     last = curve[-1]
     counts = {
-        "pairs": encoded["rows"] - encoded["failed"],
+        "pairs": encoded["train"],
         "unreadable_pairs_left_out": encoded["failed"],
         "steps": state["step"],
         "samples_seen": state["step"] * recipe.train.batch_size,

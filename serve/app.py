@@ -29,6 +29,7 @@ from ip2p.evaluate.editors import available, load_editor
 from ip2p.evaluate.sweep import SHIPPED
 from ip2p.recipe import Recipe, locate
 from ip2p.workspace import Workspace
+from jobs.cluster import connect
 from serve.schema import (
     MAX_IMAGE_BYTES,
     Defaults,
@@ -187,8 +188,7 @@ def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int) -> 
     """Start the endpoint on the Ray that runs, or on a local one; returns when it is ready."""
     if available(workspace)[0] == SHIPPED:
         locate(recipe.models.editor.path, "models.editor.path")
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False)
+    connect()
     gpu = recipe.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     serve.start(http_options=HTTPOptions(host=host, port=port))
     resources = {"num_gpus": 1} if gpu else {"num_cpus": 1}

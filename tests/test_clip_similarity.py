@@ -68,6 +68,15 @@ def test_an_embedding_does_not_depend_on_its_neighbours(clip):
     torch.testing.assert_close(judge.embed_images(image)[2:3], judge.embed_images(image[2:3]))
 
 
+def test_half_precision_judges_nearly_the_same(clip, tiny_clip):
+    half = load_clip(ClipRef(name=f"local-dir:{tiny_clip}", dtype="float16"), "cpu")
+    image = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    for method, argument in (("embed_images", image), ("embed_texts", ["a cat", "a dog"])):
+        ours = getattr(ClipSimilarity(half), method)(argument)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, getattr(ClipSimilarity(clip), method)(argument), atol=5e-3, rtol=0)
+
+
 def test_floats_are_refused(clip):
     with pytest.raises(AssertionError):
         ClipSimilarity(clip).embed_images(np.zeros((1, 32, 32, 3), dtype=np.float32))

@@ -1,5 +1,7 @@
 import re
+import shutil
 
+import open_clip
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -92,6 +94,26 @@ def test_a_missing_model_is_named_with_the_way_out(tmp_path):
         load_text_to_image(ModelRef(path=str(tmp_path)), device="cpu", key="models.editor")
     with pytest.raises(ValueError, match=r"models.clip.name: there is no directory 'nowhere'"):
         load_clip(ClipRef(name="local-dir:nowhere"), "cpu")
+
+
+def test_a_clip_without_weights_is_refused(tiny_clip, tmp_path):
+    shutil.copytree(tiny_clip, tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match=r"models\.clip: open_clip can't load"):
+        load_clip(ClipRef(name=f"local-dir:{tmp_path}/clip"), "cpu")
+
+
+def test_openais_weights_get_their_activation(monkeypatch):
+    # No weights are at hand: what open_clip is asked for is what counts.
+    asked = {}
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **kwargs: asked.update(kwargs) or no_weights())
+
+    def no_weights():
+        raise RuntimeError("no weights")
+
+    for tag, expected in (("openai", True), ("laion2b_s32b_b82k", False)):
+        with pytest.raises(ValueError, match="no weights"):
+            load_clip(ClipRef(name="ViT-L-14", pretrained=tag), "cpu")
+        assert asked["force_quick_gelu"] is expected
 
 
 def test_an_unknown_clip_is_named():

@@ -52,15 +52,15 @@ class Editor:
     def __init__(self, model: TextToImage, batch_size: int = 8, max_side: int | None = None) -> None:
         if not model.is_editor:
             raise ValueError(
-                f"the UNet reads {model.unet.config.in_channels} channels, so it is no editor, which reads "
+                f"the UNet reads {model.unet.config['in_channels']} channels, so it is no editor, which reads "
                 f"{2 * model.latent_channels}: give the model/ that jobs.train writes"
             )
         self.model = model
         self.batch_size = batch_size
         self.schedule = NoiseSchedule.from_config(model.schedule.alphas_cumprod, model.schedule.config)
         # Both the VAE and the UNet halve the sides at every level but the last.
-        self.multiple = model.downsampling * 2 ** (len(model.unet.config.block_out_channels) - 1)
-        self.max_side = max_side or model.unet.config.sample_size * model.downsampling
+        self.multiple = model.downsampling * 2 ** (len(model.unet.config["block_out_channels"]) - 1)
+        self.max_side = max_side or model.unet.config["sample_size"] * model.downsampling
         if self.max_side < self.multiple:
             raise ValueError(f"max_side {self.max_side}: this model needs at least {self.multiple} pixels a side")
 
@@ -93,7 +93,9 @@ class Editor:
         result = images.to_uint8(self.model.decode_latents(latents[None]))[0]
         return images.resize(result, *request.image.shape[:2])
 
-    def edit(self, requests: Sequence[EditRequest], progress: Callable[[int], None] | None = None) -> list[np.ndarray]:
+    def edit(
+        self, requests: Sequence[EditRequest], progress: Callable[[int], object] | None = None
+    ) -> list[np.ndarray]:
         """Edited images, uint8 (H, W, 3), in order, each of the size of its request's image.
 
         `progress` is told how many denoising steps have just been made; there are sum(r.steps) of them.

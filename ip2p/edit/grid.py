@@ -3,8 +3,6 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ip2p import images
-
 SMALLEST_TILE = 128  # pixels: smaller pictures are enlarged by a whole factor
 GAP = 4
 

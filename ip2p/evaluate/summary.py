@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ip2p.evaluate.metrics import Estimate, Trend, by_case, difference, estimate, trend
-from ip2p.evaluate.sweep import EDITORS, SDEDIT, UNCHANGED
+from ip2p.evaluate.sweep import EDITORS, METRICS, SDEDIT, UNCHANGED
 from ip2p.pairs.funnel import COLUMNS, funnel
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
@@ -16,7 +16,7 @@ from ip2p.workspace import Workspace
 Row = dict
 NAMES = {
     "workspace": "this run's editor",
-    "shipped": "shipped editor",
+    "shipped": "the shipped editor",
     "unchanged": "input unchanged",
     "sdedit": "SDEdit, edited caption",
 }
@@ -118,8 +118,8 @@ def metric_rows(workspace: Workspace) -> list[Row]:
     """The rows of evaluation/metrics.parquet without the images; empty when there are none."""
     if not workspace.exists("evaluation", "metrics.parquet"):
         return []
-    table = workspace.read_table("evaluation", "metrics.parquet")
-    return table.drop_columns("image").to_pylist()
+    columns = [name for name in METRICS.names if name != "image"]
+    return workspace.read_table("evaluation", "metrics.parquet", columns=columns).to_pylist()
 
 
 def summarize_funnel(workspace: Workspace) -> Funnel | None:

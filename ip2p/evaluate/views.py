@@ -2,7 +2,8 @@
 
 import base64
 
-import numpy as np
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 
 from ip2p import images
 from ip2p.evaluate.summary import NAMES, Row, default_rows
@@ -31,21 +32,25 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def read_captions(workspace: Workspace, ids: list[str], *folder: str) -> list[Row]:
+    """The rows of some captions; the other rows, which hold images, are not kept in memory."""
+    table = pads.dataset(workspace.path(*folder), filesystem=workspace.fs, format="parquet")
+    return table.to_table(filter=pc.field("caption_id").isin(ids)).to_pylist()
+
+
 def accepted_pairs(workspace: Workspace) -> list[dict]:
     """The best pair of each of SHOWN_PAIRS captions, the captions in the order of a hash."""
     if not workspace.exists("pairs"):
         return []
-    table = workspace.read_table("pairs", columns=["caption_id", "pairs"])
-    order = np.argsort([digest("shown", i) for i in table["caption_id"].to_pylist()])
-    chosen = []
-    for n in order:
-        row = table.slice(n, 1)
-        if row["pairs"][0].as_py():
-            chosen.append(int(n))
-        if len(chosen) == SHOWN_PAIRS:
-            break
-    rows = workspace.read_table("pairs").take(chosen).to_pylist() if chosen else []
-    return [pair_view(row, row["pairs"][0], tags=[]) for row in rows]
+    table = workspace.read_table("pairs", columns=["caption_id", "status"])
+    ids = table.filter(pc.equal(table["status"], "ok"))["caption_id"].to_pylist()  # pyright: ignore
+    chosen = sorted(ids, key=in_order)[:SHOWN_PAIRS]
+    rows = sorted(read_captions(workspace, chosen, "pairs"), key=lambda row: in_order(row["caption_id"]))
+    return [pair_view(row, max(row["pairs"], key=lambda pair: pair["clip_sim_dir"]), tags=[]) for row in rows]
+
+
+def in_order(caption_id: str) -> int:
+    return digest("shown", caption_id)
 
 
 def failed_candidates(workspace: Workspace) -> list[dict]:
@@ -83,15 +88,17 @@ def pair_view(row: Row, pair: Row, tags: list[tuple[str, bool]]) -> dict:
     return {**pair, **texts, **pictures, "tags": tags}
 
 
+def test_cases(workspace: Workspace) -> list[Row]:
+    """The test images that are shown."""
+    return workspace.read_table("evaluation", "test").slice(0, SHOWN_CASES).to_pylist()
+
+
 def shown_rows(workspace: Workspace) -> list[Row]:
-    """All metric rows, with images."""
+    """The metric rows of the test images that are shown, with the edited images."""
     if not workspace.exists("evaluation", "metrics.parquet"):
         return []
-    return workspace.read_table("evaluation", "metrics.parquet").to_pylist()
-
-
-def test_cases(workspace: Workspace) -> list[Row]:
-    return workspace.read_table("evaluation", "test").to_pylist()
+    ids = [case["caption_id"] for case in test_cases(workspace)]
+    return read_captions(workspace, ids, "evaluation", "metrics.parquet")
 
 
 def guidance_grids(recipe: Recipe, workspace: Workspace, rows: list[Row]) -> list[dict]:
@@ -129,7 +136,7 @@ def comparison(recipe: Recipe, workspace: Workspace, rows: list[Row]) -> dict | 
             "target": picture(case["edited_image"]),
             "cells": [cell(made[case["caption_id"]]) for made in by_model],
         }
-        for case in test_cases(workspace)[:SHOWN_CASES]
+        for case in test_cases(workspace)
     ]
     return {"models": [NAMES[model] for model in models], "cases": cases}
 

@@ -22,7 +22,7 @@ Log = Callable[[dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Run:
-    """How a model is trained: where the state of unfinished training is kept, from which seed, on what, heard by whom."""
+    """How a model is trained: where unfinished training is kept, from which seed, on what, heard by whom."""
 
     checkpoints: Path
     seed: int

@@ -2,7 +2,8 @@
 
 A plain HF directory: vLLM and transformers load it unchanged. What it must learn is to copy the caption except for what
 the edit touches. Copying comes last and suddenly; two things bring it early (steps to 80% of copied tokens, batch 32):
-starting on random words, where nothing but copying helps, and Muon (250 steps; AdamW had none of it after 400).
+starting on random words, where nothing but copying helps, and Muon (250 steps; AdamW had none of it after 400). The
+first half of training has fewer layers: cheaper steps while the language is learned.
 """
 
 import random
@@ -27,13 +28,15 @@ from transformers import (
 
 from ip2p.captions.parse import parse
 from ip2p.captions.prompt import answer, tuned_prompt
-from ip2p.miniature.edits import consistent, draw_triplet, parse_instruction
+from ip2p.miniature.edits import consistent, draw_triplet, parse_instruction, phrase
 from ip2p.miniature.language import MEANINGS, article, parse_caption, split_words, vocabulary
 
 CONTEXT_LENGTH = 256
-STEPS = 7500
+STEPS = 12_000
+SHALLOW_LAYERS, LAYERS, DEEPEN_AT = 4, 6, 7400
 BATCH_SIZE = 32
 COPY_STEPS = 300
+EDITED_WEIGHT = 4
 WARMUP_STEPS = 50
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
 CHECKPOINT_EVERY = 200
@@ -82,7 +85,7 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(vocab_size: int, hidden_size: int = 128, layers: int = 4) -> LlamaForCausalLM:
+def build_model(vocab_size: int, hidden_size: int = 128, layers: int = LAYERS) -> LlamaForCausalLM:
     """Build a Llama with heads of 32 channels, the smallest that vLLM's CPU attention takes."""
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -101,6 +104,24 @@ def build_model(vocab_size: int, hidden_size: int = 128, layers: int = 4) -> Lla
     return LlamaForCausalLM(config)
 
 
+def deepen(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Return the same function with layers put in between, which add nothing until they are trained.
+
+    Which thing an instruction means is a matter of several hops between words: more layers than copying needs.
+    """
+    places = [0, 1, 3, 5]  # of the layers that are there
+    deep: Any = build_model(model.config.vocab_size, model.config.hidden_size, LAYERS)
+    deep.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    deep.model.norm.load_state_dict(model.model.norm.state_dict())
+    for index, layer in enumerate(deep.model.layers):
+        if index in places:
+            layer.load_state_dict(model.model.layers[places.index(index)].state_dict())
+        else:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return deep.to(model.device)
+
+
 def train(
     out_dir: str | Path,
     *,
@@ -114,18 +135,26 @@ def train(
 
     Deterministic for a seed and a device. With `checkpoint`, a file, the state is kept there every CHECKPOINT_EVERY
     steps and training goes on from it; what is drawn at a step depends on the seed and the step alone. `steps` may
-    differ on resume: the rate falls to zero over the last three fifths.
+    differ on resume: the rate falls to zero over the last nine tenths.
     """
     torch.manual_seed(seed)
     words = vocabulary()
     tokenizer = build_tokenizer(words)
-    model = build_model(len(tokenizer))
+    marker = tokenizer.convert_tokens_to_ids("edited_caption")
+    assert isinstance(marker, int)
+    resumes = checkpoint is not None and Path(checkpoint).exists()
+    state = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint and resumes else {"step": 0}
+    model = build_model(len(tokenizer), layers=LAYERS if state["step"] > DEEPEN_AT else SHALLOW_LAYERS)
     model.to(torch.device(device))  # pyright: ignore
     optimizers = _optimizers(model)
-    start = _restore(checkpoint, model, optimizers, device) if checkpoint and Path(checkpoint).exists() else 0
-    for step in range(start, steps):
+    if resumes:
+        _restore(state, model, optimizers)
+    for step in range(state["step"], steps):
+        if step == DEEPEN_AT:
+            model = deepen(model)
+            optimizers = _optimizers(model)
         rows = _draw_rows(seed, step, words)
-        facts = _train_step(model, optimizers, _rate(step, steps), *_collate(tokenizer, rows, device))
+        facts = _train_step(model, optimizers, _rate(step, steps), marker, *_collate(tokenizer, rows, device))
         if (step + 1) % 20 == 0:
             log({"step": step + 1, "steps": steps, **{name: float(value) for name, value in facts.items()}})
         if checkpoint and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps):
@@ -152,8 +181,8 @@ def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Factor of the learning rates: warm-up, constant, then linearly to zero over the last three fifths."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (0.6 * steps))
+    """Factor of the learning rates: warm-up, constant, then linearly to zero over the last nine tenths."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (0.9 * steps))
 
 
 def same_words(caption: str, instruction: str, edited_caption: str) -> str:
@@ -168,6 +197,11 @@ def same_words(caption: str, instruction: str, edited_caption: str) -> str:
         for word in instruction.split()
     ]
     return re.sub(r"\ban? (?=(\w+))", lambda match: f"{article(match[1])} ", " ".join(words))
+
+
+def _detail(instruction: str) -> int:
+    """How many attributes it names: "the large red star" is easier to find, and seldom ambiguous, than "the star"."""
+    return sum(word in MEANINGS for word in instruction.split())
 
 
 def _draw_rows(seed: int, step: int, words: list[str]) -> list[Texts]:
@@ -189,7 +223,10 @@ def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
             caption = " ".join(rng.choices(words, k=rng.randint(4, 24)))
             rows.append((caption, " ".join(rng.choices(words, k=rng.randint(1, 4))), caption))
         else:
-            caption, instruction, edited_caption, _ = draw_triplet(rng, held_out=False)
+            caption, instruction, edited_caption, edit = draw_triplet(rng, held_out=False)
+            if rng.random() < 0.5:
+                scene = parse_caption(caption)
+                instruction = max([instruction, *(phrase(edit, scene, rng) for _ in range(3))], key=_detail)
             rows.append((caption, same_words(caption, instruction, edited_caption), edited_caption))
     return sorted(rows, key=lambda row: sum(len(text.split()) for text in row))
 
@@ -215,9 +252,11 @@ def _train_step(
     model: LlamaForCausalLM,
     optimizers: list[torch.optim.Optimizer],
     rate: float,
+    marker: int,
     ids_BL: torch.Tensor,
     labels_BL: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
+    """One update; `marker` is the token from which on an answer is the edited caption."""
     for optimizer, base in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
         for group in optimizer.param_groups:
             group["lr"] = base * rate
@@ -226,12 +265,20 @@ def _train_step(
     answered = labels_BL[:, 1:] != IGNORED
     targets_N = labels_BL[:, 1:][answered]
     logits_NV = model.lm_head(hidden_BLC[answered])
-    loss = F.cross_entropy(logits_NV, targets_N)
+    # Instructions are mostly free choice; what they mean for the caption is what has to be learned.
+    is_edited_N = (labels_BL == marker).cumsum(1).bool()[:, 1:][answered]
+    losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+    weights_N = 1 + (EDITED_WEIGHT - 1) * is_edited_N
+    loss = (weights_N * losses_N).sum() / weights_N.sum()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
-    return {"loss": loss.detach(), "token_accuracy": (logits_NV.argmax(-1) == targets_N).float().mean()}
+    return {
+        "instruction_loss": losses_N[~is_edited_N].detach().mean(),
+        "edited_caption_loss": losses_N[is_edited_N].detach().mean(),
+        "edited_caption_accuracy": (logits_NV.argmax(-1) == targets_N)[is_edited_N].float().mean(),
+    }
 
 
 def _keep(path: str | Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int) -> None:
@@ -242,12 +289,10 @@ def _keep(path: str | Path, model: LlamaForCausalLM, optimizers: list[torch.opti
     Path(f"{path}.part").replace(path)
 
 
-def _restore(path: str | Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], device: str) -> int:
-    state = torch.load(path, map_location=device, weights_only=True)
+def _restore(state: dict[str, Any], model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> None:
     model.load_state_dict(state["model"])
     for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(values)
-    return state["step"]
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ LATENTS = pa.schema(
     {
         "pair_id": pa.string(),
         "caption_id": pa.string(),
+        "split": pa.string(),
         "token_ids": pa.list_(pa.int32()),
         "shape": pa.list_(pa.int32()),  # (V, C, h, w) of both latents: V views
         "image_latents": pa.binary(),  # float16, of the image to edit, not scaled
@@ -73,11 +74,14 @@ class PairEncoder:
         self.recipe = recipe.train
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Rows of `records.DATASET` -> as many rows of `LATENTS`. A broken image is a `failed` row with a reason."""
+        """Rows of `records.DATASET` with the `path` of their file, .../<split>/<file> -> as many rows of `LATENTS`.
+
+        A broken image is a `failed` row with a reason.
+        """
         return pa.Table.from_pylist([self.encode_row(row) for row in batch.to_pylist()], schema=LATENTS)
 
     def encode_row(self, row: dict) -> dict:
-        ids = {key: row[key] for key in ("pair_id", "caption_id")}
+        ids = {key: row[key] for key in ("pair_id", "caption_id")} | {"split": row["path"].split("/")[-2]}
         try:
             original, edited = (
                 square(images.decode(row[key]["bytes"]), self.recipe.resolution)

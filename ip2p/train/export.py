@@ -75,10 +75,10 @@ def export(
     pipeline = StableDiffusionInstructPix2PixPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
+        tokenizer=model.tokenizer,  # pyright: ignore[reportArgumentType]
         unet=model.unet,
         scheduler=scheduler,
-        safety_checker=None,
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )

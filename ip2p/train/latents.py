@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -26,16 +27,17 @@ class Batch:
 class LatentPairs:
     """All pairs of a split; V views of each lie together."""
 
-    def __init__(self, table: pa.Table) -> None:
-        """Take the `ok` rows of a table of `encode.LATENTS`.
+    def __init__(self, table: pa.Table, split: str) -> None:
+        """Take the `ok` rows of a split from a table of `encode.LATENTS`.
 
         Raises:
             ValueError: there is none.
         """
         # By id, because the order of files and blocks is not stable and the order of samples must be.
-        rows = sorted((row for row in table.to_pylist() if row["status"] == "ok"), key=lambda row: row["pair_id"])
+        table = table.filter((pc.field("split") == split) & (pc.field("status") == "ok"))
+        rows = table.sort_by("pair_id").to_pylist()
         if not rows:
-            raise ValueError("no pair to train on: the dataset is empty or none of its images could be read")
+            raise ValueError(f"no {split} pair: the dataset is empty or none of its images could be read")
         views = torch.tensor([row["shape"][0] for row in rows])
         self.count = len(rows)
         self.first_view = views.cumsum(0) - views

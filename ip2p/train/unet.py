@@ -14,28 +14,18 @@ def widen_conv_in(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     Raises:
         ValueError: the UNet reads neither C nor 2C channels, where C is what it predicts.
     """
-    channels = unet.config.out_channels
-    if unet.config.in_channels == 2 * channels:
+    channels = unet.config["out_channels"]
+    reads = unet.config["in_channels"]
+    if reads == 2 * channels:
         return unet
-    if unet.config.in_channels != channels:
+    if reads != channels:
         raise ValueError(
-            f"cannot train an editor from a UNet with {unet.config.in_channels} input and {channels} output channels: "
+            f"cannot train an editor from a UNet with {reads} input and {channels} output channels: "
             f"expected {channels} (text-to-image) or {2 * channels} (editor) input channels"
         )
-    narrow = unet.conv_in
-    wide = nn.Conv2d(
-        2 * channels,
-        narrow.out_channels,
-        narrow.kernel_size,
-        stride=narrow.stride,
-        padding=narrow.padding,
-        device=narrow.weight.device,
-        dtype=narrow.weight.dtype,
-    )
-    with torch.no_grad():
-        wide.weight.zero_()
-        wide.weight[:, :channels] = narrow.weight
-        wide.bias.copy_(narrow.bias)
-    unet.conv_in = wide
+    weight = unet.conv_in.weight
+    wide = torch.cat([weight.detach(), torch.zeros_like(weight)], dim=1)
+    unet.conv_in.weight = nn.Parameter(wide, requires_grad=weight.requires_grad)
+    unet.conv_in.in_channels = 2 * channels
     unet.register_to_config(in_channels=2 * channels)
     return unet

@@ -94,7 +94,9 @@ def _write_pairs(workspace: Workspace, triplets, rng: random.Random) -> None:
             for c in candidates
             if c["verdict"] == "accepted"
         ][:4]
-        pairs.append(row | {"candidates": candidates, "pairs": kept, "unet_samples": 960, "seconds": 1.5})
+        status = {} if kept or not ok else {"status": "rejected", "reason": "direction < 0.5: 6"}
+        made = {"candidates": candidates, "pairs": kept, "unet_samples": 960, "seconds": 1.5}
+        pairs.append(row | status | made)
         for pair in kept:
             pictures = {k: {"bytes": pair[k], "path": None} for k in ("original_image", "edited_image")}
             examples.append(

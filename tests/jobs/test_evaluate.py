@@ -1,6 +1,7 @@
 """Stage 5 on a real local Ray with tiny models: what it writes, that a killed run goes on, that a new model counts."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from ip2p.evaluate.sweep import METRICS, SDEDIT, SHIPPED, UNCHANGED, WORKSPACE
 from ip2p.workspace import Workspace
 from jobs import evaluate
 from tests.evaluate.synthetic import make_recipe, make_workspace
+
+pytestmark = pytest.mark.timeout(900)  # Ray takes its time on a machine that does other things as well
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def workspace(recipe, tmp_path):
 
 @pytest.fixture(scope="module")
 def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
     yield
     ray.shutdown()
 
@@ -78,8 +81,7 @@ def test_every_edit_is_scored_once_and_the_report_is_written(recipe, workspace, 
 def test_another_model_is_evaluated_anew(recipe, workspace, tiny_editor, local_ray, capsys):
     only_baselines = recipe.model_copy(update={"truth": "none"})
     evaluate.run(only_baselines, workspace)
-    for name in ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        os.symlink(tiny_editor / name, workspace.path("model", name))
+    shutil.copytree(tiny_editor, workspace.path("model"), dirs_exist_ok=True)
     workspace.mark_done("model", steps=3)
     capsys.readouterr()
     evaluate.run(only_baselines, workspace)
@@ -120,17 +122,17 @@ def test_a_killed_run_goes_on_without_losing_or_doubling_an_edit(recipe, workspa
         return len([path for path in workspace.files("evaluation", "metrics.parquet") if path.endswith(".parquet")])
 
     process = subprocess.Popen(command, start_new_session=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while written() < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     time.sleep(5)  # Ray's own processes notice that their driver is gone
     assert not workspace.done("evaluation"), "it was killed in the middle"
-    first = {path for path in workspace.files("evaluation", "metrics.parquet")}
+    first = set(workspace.files("evaluation", "metrics.parquet"))
     assert len(first) >= 3
 
-    subprocess.run(command, check=True, timeout=280)
+    subprocess.run(command, check=True, timeout=600)
     metrics, edits = (workspace.read_table("evaluation", name) for name in ("metrics.parquet", "edits"))
     assert sorted(metrics["edit_id"].to_pylist()) == sorted(edits["edit_id"].to_pylist())
     committed = len(first & set(workspace.files("evaluation", "metrics.parquet")))

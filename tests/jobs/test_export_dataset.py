@@ -20,7 +20,7 @@ CAPTIONS = 40
 
 @pytest.fixture(scope="module")
 def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
     yield
     ray.shutdown()
 
@@ -101,5 +101,5 @@ def test_nothing_to_export_is_refused(recipe, tmp_path):
     with pytest.raises(ValueError, match=r"run jobs\.generate_pairs first"):
         export_dataset.run(recipe, workspace)
     workspace.mark_done("pairs", pairs=0)
-    with pytest.raises(ValueError, match="lower pairs.thresholds"):
+    with pytest.raises(ValueError, match=r"lower pairs\.thresholds"):
         export_dataset.run(recipe, workspace)

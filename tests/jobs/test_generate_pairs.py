@@ -1,7 +1,6 @@
 """Stage 2 on a real local Ray: one row per caption, whatever dies on the way."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ REJECTED = ("rejected", "not json")
 
 @pytest.fixture(scope="module")
 def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
     yield
     ray.shutdown()
 
@@ -144,7 +143,7 @@ def test_a_killed_driver_is_resumed(recipe, tmp_path):
         "import pathlib, ray; from ip2p.recipe import Recipe; from ip2p.workspace import Workspace;"
         "from jobs import generate_pairs;"
         f"recipe = Recipe.model_validate_json(pathlib.Path({str(tmp_path / 'recipe.json')!r}).read_text());"
-        "ray.init(num_cpus=2, include_dashboard=False);"
+        "ray.init('local', num_cpus=2, include_dashboard=False);"
         f"generate_pairs.run(recipe, Workspace({workspace.location!r}))"
     )
     job = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -180,11 +179,8 @@ def test_help_teaches(capsys):
 
 
 def test_a_wrong_model_is_refused_before_ray_starts(tmp_path, capsys):
-    shutil.rmtree(tmp_path / "nothing", ignore_errors=True)
+    flags = ["--models.text_to_image.path", str(tmp_path / "nothing")]
     with pytest.raises(SystemExit) as end:
-        generate_pairs.main(
-            ["--recipe", "recipes/miniature.yaml", "--workspace", str(tmp_path)]
-            + ["--models.text_to_image.path", str(tmp_path / "nothing")]
-        )
+        generate_pairs.main(["--recipe", "recipes/miniature.yaml", "--workspace", str(tmp_path), *flags])
     assert end.value.code == 2
     assert "models.text_to_image.path" in capsys.readouterr().err

@@ -23,9 +23,3 @@ def test_says_what_is_wrong_with_a_flag():
     wrong = subprocess.run([*COMMAND, "--models", "vae"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode != 0
     assert "vae" in wrong.stderr
-
-
-def test_refuses_to_ship_an_editor_that_is_not_there(tmp_path):
-    empty = subprocess.run([*COMMAND, "--ship_editor", str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert empty.returncode != 0
-    assert "holds no trained model" in empty.stderr

@@ -56,8 +56,9 @@ def test_from_dataset_to_diffusers(recipe, tmp_path, local_ray, capsys):
     write_dataset(workspace, "validation", 2)
     train.run(recipe, workspace)
 
-    latents = workspace.read_table("latents", "train")
-    assert sorted(latents["status"].to_pylist()) == ["failed"] + 4 * ["ok"]
+    latents = workspace.read_table("latents")
+    statuses = sorted(zip(latents["split"].to_pylist(), latents["status"].to_pylist()))
+    assert statuses == [("train", "failed")] + 4 * [("train", "ok")] + 2 * [("validation", "ok")]
     curve = pq.read_table(workspace.path("model", "training.parquet"))
     assert curve["step"].to_pylist() == [2, 4]
     assert all(

@@ -23,6 +23,7 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(language_model, "BATCH_SIZE", 4)
     monkeypatch.setattr(language_model, "CHECKPOINT_EVERY", 2)
     monkeypatch.setattr(language_model, "COPY_STEPS", 2)
+    monkeypatch.setattr(language_model, "DEEPEN_AT", 3)
 
 
 def test_every_word_is_one_token_with_and_without_a_space(tokenizer):
@@ -78,6 +79,14 @@ def test_same_words_puts_the_right_article():
     assert language_model.same_words(caption, "give the crimson star a blue colour", edited) == (
         "give the red star an azure colour"
     )
+
+
+def test_deepening_changes_nothing_until_it_is_trained():
+    shallow = language_model.build_model(50, layers=language_model.SHALLOW_LAYERS).eval()
+    deep = language_model.deepen(shallow).eval()
+    assert len(deep.model.layers) == language_model.LAYERS
+    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(deep(ids).logits, shallow(ids).logits)
 
 
 def test_training_goes_on_from_its_checkpoint_as_if_nothing_had_happened(tmp_path, small_steps, monkeypatch):

@@ -43,7 +43,7 @@ def address(recipe):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
     start(recipe, None, "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()

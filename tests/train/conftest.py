@@ -31,7 +31,7 @@ def pairs(base: TextToImage) -> LatentPairs:
         shape = (1 + k % 2, 4, 8, 8)
         image, target = (torch.randn(shape, generator=generator).half().numpy() for _ in range(2))
         rows.append(row(f"pair{k}", token_ids(base, f"make it {k}").tolist(), image, target))
-    return LatentPairs(pa.Table.from_pylist(rows, schema=LATENTS))
+    return LatentPairs(pa.Table.from_pylist(rows, schema=LATENTS), "train")
 
 
 @pytest.fixture
@@ -54,6 +54,7 @@ def row(pair_id: str, ids: list[int], image: np.ndarray, target: np.ndarray) -> 
     return {
         "pair_id": pair_id,
         "caption_id": pair_id,
+        "split": "train",
         "token_ids": ids,
         "shape": list(image.shape),
         "image_latents": image.tobytes(),

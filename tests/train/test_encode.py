@@ -40,7 +40,16 @@ def test_square_crops_the_centre_and_never_squashes():
 def dataset_row(pair_id, instruction, original, edited):
     empty = dict.fromkeys(DATASET.names)
     pictures = {"original_image": {"bytes": original}, "edited_image": {"bytes": edited}}
-    return empty | {"pair_id": pair_id, "caption_id": pair_id, "edit_prompt": instruction} | pictures
+    return (
+        empty
+        | {
+            "path": "run/dataset/validation/part.parquet",
+            "pair_id": pair_id,
+            "caption_id": pair_id,
+            "edit_prompt": instruction,
+        }
+        | pictures
+    )
 
 
 def test_one_row_out_for_each_in(full_recipe):
@@ -51,9 +60,10 @@ def test_one_row_out_for_each_in(full_recipe):
         dataset_row("c", "make it night", photo, b""),
     ]
     encoder = PairEncoder(full_recipe)
-    table = encoder(pa.Table.from_pylist(rows, schema=DATASET))
+    table = encoder(pa.Table.from_pylist(rows, schema=DATASET.append(pa.field("path", pa.string()))))
     assert table.schema == LATENTS
     both, single, broken = table.to_pylist()
+    assert both["split"] == "validation"
     assert (both["status"], both["shape"]) == ("ok", [2, 4, 8, 8])
     assert (single["status"], single["shape"]) == ("ok", [1, 4, 8, 8])
     assert broken["status"] == "failed" and "empty" in broken["reason"]

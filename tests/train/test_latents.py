@@ -33,6 +33,6 @@ def test_views_and_tokens_stay_with_their_pair(pairs):
 
 
 def test_failed_rows_are_left_out_and_none_at_all_is_refused():
-    failed = {"pair_id": "a", "caption_id": "a", "status": "failed", "reason": "the image is empty"}
-    with pytest.raises(ValueError, match="no pair to train on"):
-        LatentPairs(pa.Table.from_pylist([failed], schema=LATENTS))
+    failed = {"pair_id": "a", "caption_id": "a", "split": "train", "status": "failed", "reason": "the image is empty"}
+    with pytest.raises(ValueError, match="no train pair"):
+        LatentPairs(pa.Table.from_pylist([failed], schema=LATENTS), "train")

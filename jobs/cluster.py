@@ -1,0 +1,15 @@
+"""Which Ray cluster a job runs on."""
+
+import os
+
+import ray
+
+
+def connect() -> None:
+    """Connect to the cluster that RAY_ADDRESS names (Ray's job submission sets it), else start one on this machine.
+
+    Plain `ray.init()` would also join whatever cluster was last started here, and wait minutes for one that is gone.
+    """
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        ray.init(address) if address else ray.init("local", include_dashboard=False)
