@@ -21,8 +21,6 @@ from ip2p.workspace import Workspace
 from jobs.cluster import connect
 
 TASK_CPUS = 0.2
-# On a CPU-only cluster the generators leave room: a resumed run's checkpoint filter holds a whole CPU, tasks a fifth.
-CPU_SHARE = 0.4
 CHECKPOINT_FILTER_BYTES = 64 * 2**20  # at least; Ray asks for more when the ids need more
 RETRIES = 3  # of a generator or a batch that dies, not of one that raises
 
@@ -89,14 +87,17 @@ def checkpoints(workspace: Workspace) -> CheckpointConfig:
 
 
 def generator_resources(recipe: Recipe) -> dict[str, Any]:
-    """A GPU for each generator where the recipe and the cluster have them; else a share of the CPUs."""
-    resources = ray.cluster_resources()
-    gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 1)
+    """A GPU for each generator where the recipe and the cluster have them.
+
+    No CPU is reserved: in a resumed run the checkpoint's filter holds one to the end, and Ray's own listing and
+    repartitioning tasks want a whole one. On two cores a generator that holds a third would wait for ever.
+    """
+    gpus = ray.cluster_resources().get("GPU", 0)
     if recipe.device == "cuda" and not gpus:
         raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
     if recipe.device != "cpu" and gpus:
-        return {"num_gpus": 1, "num_cpus": CPU_SHARE}
-    return {"num_cpus": min(1.0, CPU_SHARE * cpus / recipe.pairs.replicas)}
+        return {"num_gpus": 1, "num_cpus": 0}
+    return {"num_cpus": 0}
 
 
 def read_pairs(workspace: Workspace) -> Iterator[pa.RecordBatch]:

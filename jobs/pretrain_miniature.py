@@ -41,7 +41,7 @@ class Steps(BaseModel):
     text_to_image: int = 3600
     clip: int = 1000
     language_model: int = language_model.STEPS
-    editor: int = 5000
+    editor: int = 4000
 
 
 class Settings(BaseSettings):

@@ -159,7 +159,7 @@ def summarize_pair_truth(workspace: Workspace) -> PairTruth | None:
         return by_case(some, "success", list(range(4)), lambda row: row["way"])
 
     sums, counts = rates(rows)
-    kinds = sorted({row["edit_kind"] for row in rows})
+    kinds = sorted({row["edit_kind"] for row in rows} - {None})  # None: the instruction can not be read
     return PairTruth(
         rates=dict(zip(PAIR_WAYS, estimate(sums, counts), strict=True)),
         filter_gain=difference(sums, counts, 3, 2),

@@ -1,6 +1,6 @@
 """The miniature editor: the text-to-image UNet, widened, taught on rendered edits of drawn scenes.
 
-`jobs.train` fine-tunes on generated pairs, as the paper does. This is the same model taught on the truth instead, without
+`jobs.train` fine-tunes on generated pairs, as the paper does. This is the same model taught on the truth, without
 end: the editor that ships, and the yardstick for what generated pairs can reach.
 """
 

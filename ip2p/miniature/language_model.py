@@ -7,10 +7,8 @@ first half of training has fewer layers: cheaper steps while the language is lea
 """
 
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +26,19 @@ from transformers import (
 
 from ip2p.captions.parse import parse
 from ip2p.captions.prompt import answer, tuned_prompt
-from ip2p.miniature.edits import consistent, draw_triplet, parse_instruction, phrase
-from ip2p.miniature.language import MEANINGS, article, parse_caption, split_words, vocabulary
+from ip2p.miniature.edits import consistent, draw_triplet, parse_instruction
+from ip2p.miniature.language import parse_caption, vocabulary
+from ip2p.miniature.language_model_data import Texts, draw_rows
 
 CONTEXT_LENGTH = 256
 STEPS = 12_000
 SHALLOW_LAYERS, LAYERS, DEEPEN_AT = 4, 6, 7400
-BATCH_SIZE = 32
-COPY_STEPS = 300
 EDITED_WEIGHT = 4
 WARMUP_STEPS = 50
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
 CHECKPOINT_EVERY = 200
 IGNORED = -100  # the label that cross-entropy leaves out
 PAD, BEGIN, END = 0, 1, 2
-COPIED_ATTRIBUTES = ("shape", "shapes", "colour", "size", "background")
-POOLED_STEPS = 4
-Texts = tuple[str, str, str]  # caption, instruction, edited caption
 Report = Callable[[dict[str, float]], None]
 
 
@@ -153,7 +147,7 @@ def train(
         if step == DEEPEN_AT:
             model = deepen(model)
             optimizers = _optimizers(model)
-        rows = _draw_rows(seed, step, words)
+        rows = draw_rows(seed, step, words)
         facts = _train_step(model, optimizers, _rate(step, steps), marker, *_collate(tokenizer, rows, device))
         if (step + 1) % 20 == 0:
             log({"step": step + 1, "steps": steps, **{name: float(value) for name, value in facts.items()}})
@@ -183,52 +177,6 @@ def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 def _rate(step: int, steps: int) -> float:
     """Factor of the learning rates: warm-up, constant, then linearly to zero over the last nine tenths."""
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (0.9 * steps))
-
-
-def same_words(caption: str, instruction: str, edited_caption: str) -> str:
-    """Return the instruction with its synonyms replaced by the captions' words: "paint the scarlet star azure" becomes
-    "paint the red star blue" where the captions say red and blue.
-
-    The meaning stays, all words stay as frequent as they were, and what could only be guessed can be copied.
-    """
-    said = {MEANINGS[word]: word for word in split_words(f"{edited_caption} {caption}") if word in MEANINGS}
-    words = [
-        said.get(MEANINGS[word], word) if MEANINGS.get(word, ("",))[0] in COPIED_ATTRIBUTES else word
-        for word in instruction.split()
-    ]
-    return re.sub(r"\ban? (?=(\w+))", lambda match: f"{article(match[1])} ", " ".join(words))
-
-
-def _detail(instruction: str) -> int:
-    """How many attributes it names: "the large red star" is easier to find, and seldom ambiguous, than "the star"."""
-    return sum(word in MEANINGS for word in instruction.split())
-
-
-def _draw_rows(seed: int, step: int, words: list[str]) -> list[Texts]:
-    """Draw the batch of a step. Batches are cut from a pool sorted by length, so that little of them is padding."""
-    group, part = divmod(step, POOLED_STEPS)
-    rows = _draw_pool(seed, group, tuple(words))
-    order = random.Random(f"order/{seed}/{group}").sample(range(POOLED_STEPS), POOLED_STEPS)
-    return rows[order[part] * BATCH_SIZE :][:BATCH_SIZE]
-
-
-@lru_cache(maxsize=1)
-def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
-    """Draw (caption, instruction, edited caption): triplets of the world, or random words with nothing edited."""
-    rng = random.Random(f"{seed}/{group}")
-    copying = group * POOLED_STEPS < COPY_STEPS
-    rows: list[Texts] = []
-    for _ in range(POOLED_STEPS * BATCH_SIZE):
-        if copying:
-            caption = " ".join(rng.choices(words, k=rng.randint(4, 24)))
-            rows.append((caption, " ".join(rng.choices(words, k=rng.randint(1, 4))), caption))
-        else:
-            caption, instruction, edited_caption, edit = draw_triplet(rng, held_out=False)
-            if rng.random() < 0.5:
-                scene = parse_caption(caption)
-                instruction = max([instruction, *(phrase(edit, scene, rng) for _ in range(3))], key=_detail)
-            rows.append((caption, same_words(caption, instruction, edited_caption), edited_caption))
-    return sorted(rows, key=lambda row: sum(len(text.split()) for text in row))
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase, rows: list[Texts], device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,60 @@
+"""What the miniature language model is trained on: triplets of the world, worded so that little has to be guessed."""
+
+import random
+import re
+from functools import lru_cache
+
+from ip2p.miniature.edits import draw_triplet, phrase
+from ip2p.miniature.language import MEANINGS, article, parse_caption, split_words
+
+BATCH_SIZE = 32
+COPY_STEPS = 300
+POOLED_STEPS = 4
+COPIED_ATTRIBUTES = ("shape", "shapes", "colour", "size", "background")
+Texts = tuple[str, str, str]  # caption, instruction, edited caption
+
+
+def same_words(caption: str, instruction: str, edited_caption: str) -> str:
+    """Return the instruction with its synonyms replaced by the captions' words: "paint the scarlet star azure" becomes
+    "paint the red star blue" where the captions say red and blue.
+
+    The meaning stays, all words stay as frequent as they were, and what could only be guessed can be copied.
+    """
+    said = {MEANINGS[word]: word for word in split_words(f"{edited_caption} {caption}") if word in MEANINGS}
+    words = [
+        said.get(MEANINGS[word], word) if MEANINGS.get(word, ("",))[0] in COPIED_ATTRIBUTES else word
+        for word in instruction.split()
+    ]
+    return re.sub(r"\ban? (?=(\w+))", lambda match: f"{article(match[1])} ", " ".join(words))
+
+
+def _detail(instruction: str) -> int:
+    """How many attributes it names: "the large red star" is easier to find, and seldom ambiguous, than "the star"."""
+    return sum(word in MEANINGS for word in instruction.split())
+
+
+def draw_rows(seed: int, step: int, words: list[str]) -> list[Texts]:
+    """Draw the batch of a step. Batches are cut from a pool sorted by length, so that little of them is padding."""
+    group, part = divmod(step, POOLED_STEPS)
+    rows = _draw_pool(seed, group, tuple(words))
+    order = random.Random(f"order/{seed}/{group}").sample(range(POOLED_STEPS), POOLED_STEPS)
+    return rows[order[part] * BATCH_SIZE :][:BATCH_SIZE]
+
+
+@lru_cache(maxsize=1)
+def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
+    """Draw (caption, instruction, edited caption): triplets of the world, or random words with nothing edited."""
+    rng = random.Random(f"{seed}/{group}")
+    copying = group * POOLED_STEPS < COPY_STEPS
+    rows: list[Texts] = []
+    for _ in range(POOLED_STEPS * BATCH_SIZE):
+        if copying:
+            caption = " ".join(rng.choices(words, k=rng.randint(4, 24)))
+            rows.append((caption, " ".join(rng.choices(words, k=rng.randint(1, 4))), caption))
+        else:
+            caption, instruction, edited_caption, edit = draw_triplet(rng, held_out=False)
+            if rng.random() < 0.5:
+                scene = parse_caption(caption)
+                instruction = max([instruction, *(phrase(edit, scene, rng) for _ in range(3))], key=_detail)
+            rows.append((caption, same_words(caption, instruction, edited_caption), edited_caption))
+    return sorted(rows, key=lambda row: sum(len(text.split()) for text in row))
