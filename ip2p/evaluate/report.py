@@ -50,7 +50,7 @@ def render(recipe: Recipe, workspace: Workspace, summary: Summary) -> str:
         accepted=accepted_pairs(workspace),
         failures=failed_candidates(workspace),
         pair_truth=summary.pair_truth,
-        pair_truth_note=pair_truth_note(recipe),
+        pair_truth_note=pair_truth_note(recipe, summary),
         grids=guidance_grids(recipe, workspace, rows),
         **curve_section(summary),
         accuracies=summary.accuracies,
@@ -137,17 +137,21 @@ def funnel_note(summary: Summary) -> str:
     return note + "."
 
 
-def pair_truth_note(recipe: Recipe) -> str:
-    sample = recipe.evaluate
+def pair_truth_note(recipe: Recipe, summary: Summary) -> str:
+    if summary.pair_truth is None:
+        return ""
+    captions, candidates = summary.pair_truth.captions, recipe.evaluate.pair_candidates
     return (
-        f"For {sample.pair_captions} captions, {sample.pair_candidates} candidates each were made again, with "
+        f"For {captions} captions, {candidates} candidates each were made again, with "
         "attention sharing and without, from the same seeds, so that all four ways are judged on the same captions."
     )
 
 
 def accuracy_note(recipe: Recipe) -> str:
     note = (
-        "The same test images and noise for every model. SDEdit gets the edited caption, and the best of its strengths."
+        "The same test images and noise for every model. SDEdit is shown at its best strength. By the edited "
+        "caption it is told what the whole result shows, which the editors have to find out from the image; by the "
+        "instruction it is told what they are told."
     )
     if recipe.truth == "oracle":
         note = (
@@ -163,8 +167,7 @@ def curve_section(summary: Summary) -> dict:
     if not curves:
         return {"charts": [], "trends": [], "curve_legend": ""}
     plane = [plane_series(curve, "s_I") for curve in curves]
-    if summary.sdedit:
-        plane.append(plane_series(summary.sdedit, "strength"))
+    plane += [plane_series(curve, "strength") for curve in summary.sdedit]
     image = [scale_series(curve, curve.image.means) for curve in curves]
     text = [scale_series(curve, curve.direction.means) for curve in summary.text_guidance]
     drawn = [

@@ -11,7 +11,7 @@ from ip2p.clip_similarity import ClipSimilarity, similarities
 from ip2p.edit.editor import Editor, EditRequest
 from ip2p.evaluate.editors import load_editor
 from ip2p.evaluate.sdedit import SDEdit, SDEditRequest
-from ip2p.evaluate.sweep import METRICS, SDEDIT, UNCHANGED
+from ip2p.evaluate.sweep import METRICS, SDEDITS, UNCHANGED
 from ip2p.evaluate.truth import judge_edits
 from ip2p.models import load_clip, load_text_to_image
 from ip2p.recipe import Recipe
@@ -94,7 +94,7 @@ class EditScorer:
             return self.loaded[1]
         self.loaded = None  # frees the memory of the one before
         recipe, size = self.recipe, self.recipe.evaluate.batch_size
-        if model == SDEDIT:
+        if model in SDEDITS:
             base = load_text_to_image(recipe.models.text_to_image, recipe.models.vae, recipe.device)
             editor = SDEdit(base, recipe.sampling, size)
         else:

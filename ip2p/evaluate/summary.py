@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ip2p.evaluate.metrics import Estimate, Trend, by_case, difference, estimate, trend
-from ip2p.evaluate.sweep import EDITORS, METRICS, SDEDIT, UNCHANGED
+from ip2p.evaluate.sweep import EDITORS, METRICS, SDEDITS, UNCHANGED
+from ip2p.pairs.filter import ACCEPTED
 from ip2p.pairs.funnel import COLUMNS, funnel
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
@@ -18,7 +19,8 @@ NAMES = {
     "workspace": "this run's editor",
     "shipped": "the shipped editor",
     "unchanged": "input unchanged",
-    "sdedit": "SDEdit, edited caption",
+    "sdedit": "SDEdit by the edited caption",
+    "sdedit_instruction": "SDEdit by the instruction",
 }
 
 
@@ -44,6 +46,7 @@ class Funnel:
 class PairTruth:
     """Oracle rate of 'carried out and all else preserved' among generated pairs."""
 
+    captions: int
     rates: dict[str, Estimate]  # by way of making pairs
     filter_gain: Estimate  # shared and filtered minus shared, paired over captions
     sharing_gain: Estimate  # shared minus same noise only
@@ -83,7 +86,7 @@ class Summary:
     accuracies: list[Accuracy]
     image_guidance: list[Curve]  # s_I swept
     text_guidance: list[Curve]  # s_T swept
-    sdedit: Curve | None  # strength swept
+    sdedit: list[Curve]  # strength swept
     seconds: dict[str, float]
 
 
@@ -109,7 +112,7 @@ def summarize(recipe: Recipe, workspace: Workspace) -> Summary:
             )
             for m in models
         ],
-        sdedit=curve(rows, SDEDIT, "strength", sweep.sdedit_strengths) if rows else None,
+        sdedit=[curve(rows, model, "strength", sweep.sdedit_strengths) for model in SDEDITS if rows],
         seconds={stage: facts["seconds"] for stage, facts in stages.items() if "seconds" in facts},
     )
 
@@ -153,7 +156,7 @@ def summarize_pair_truth(workspace: Workspace) -> PairTruth | None:
         for candidate in caption["candidates"]:
             row = {key: caption[key] for key in ("caption_id", "edit_kind")} | candidate
             way = 2 if row["shared"] else 0
-            rows += [row | {"way": way}] + ([row | {"way": way + 1}] if row["verdict"] == "accepted" else [])
+            rows += [row | {"way": way}] + ([row | {"way": way + 1}] if row["verdict"] == ACCEPTED else [])
 
     def rates(some: list[Row]) -> tuple[np.ndarray, np.ndarray]:
         return by_case(some, "success", list(range(4)), lambda row: row["way"])
@@ -161,6 +164,7 @@ def summarize_pair_truth(workspace: Workspace) -> PairTruth | None:
     sums, counts = rates(rows)
     kinds = sorted({row["edit_kind"] for row in rows} - {None})  # None: the instruction can not be read
     return PairTruth(
+        captions=len({row["caption_id"] for row in rows}),
         rates=dict(zip(PAIR_WAYS, estimate(sums, counts), strict=True)),
         filter_gain=difference(sums, counts, 3, 2),
         sharing_gain=difference(sums, counts, 2, 0),
@@ -178,7 +182,7 @@ def default_rows(recipe: Recipe, rows: list[Row], model: str) -> tuple[str, list
         s_text, s_image = recipe.sampling.guidance_scale, recipe.sampling.image_guidance_scale
         at = [row for row in rows if (row["guidance_scale"], row["image_guidance_scale"]) == (s_text, s_image)]
         return f"s_T {s_text:g}, s_I {s_image:g}", at
-    if model != SDEDIT:
+    if model not in SDEDITS:
         return "", rows
 
     def score(strength: float) -> float:
@@ -192,7 +196,7 @@ def default_rows(recipe: Recipe, rows: list[Row], model: str) -> tuple[str, list
 def accuracies(recipe: Recipe, rows: list[Row]) -> list[Accuracy]:
     """Every model that was evaluated, editors first."""
     results = []
-    for model in (*EDITORS, SDEDIT, UNCHANGED):
+    for model in (*EDITORS, *SDEDITS, UNCHANGED):
         if not any(row["model"] == model for row in rows):
             continue
         setting, at = default_rows(recipe, rows, model)

@@ -11,8 +11,10 @@ import pyarrow as pa
 from ip2p.recipe import Recipe
 from ip2p.records import digest
 
-WORKSPACE, SHIPPED, UNCHANGED, SDEDIT = "workspace", "shipped", "unchanged", "sdedit"
+WORKSPACE, SHIPPED, UNCHANGED = "workspace", "shipped", "unchanged"
+SDEDIT, SDEDIT_INSTRUCTION = "sdedit", "sdedit_instruction"  # told the edited caption, told the instruction
 EDITORS = (WORKSPACE, SHIPPED)
+SDEDITS = (SDEDIT, SDEDIT_INSTRUCTION)
 
 # A test case: what to edit, the instruction, and the two captions that CLIP compares the result with.
 TEST = pa.schema(
@@ -100,9 +102,10 @@ def plan_edits(recipe: Recipe, test: pa.Table, editors: list[str]) -> pa.Table:
         add(UNCHANGED, case)
     # Text to image is done at the middle of the scales that pairs are made at.
     s_text = sum(recipe.pairs.guidance_scale) / 2
-    for case in cases:
-        for strength, k in product(recipe.evaluate.sdedit_strengths, seeds):
-            add(SDEDIT, case, s_text, strength=strength, k=k)
+    for model in SDEDITS:
+        for case in cases:
+            for strength, k in product(recipe.evaluate.sdedit_strengths, seeds):
+                add(model, case, s_text, strength=strength, k=k)
     return pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(zip(*rows), EDITS)], schema=EDITS
     )

@@ -7,7 +7,8 @@ import pyarrow.dataset as pads
 
 from ip2p import images
 from ip2p.evaluate.summary import NAMES, Row, default_rows
-from ip2p.evaluate.sweep import EDITORS, SDEDIT, SHIPPED, WORKSPACE
+from ip2p.evaluate.sweep import EDITORS, SDEDITS, SHIPPED, WORKSPACE
+from ip2p.pairs.filter import ACCEPTED, SURPLUS
 from ip2p.recipe import Recipe
 from ip2p.records import digest
 from ip2p.workspace import Workspace
@@ -64,9 +65,12 @@ def failed_candidates(workspace: Workspace) -> list[dict]:
         if candidate["shared"] and not candidate["success"]
     ]
     wrong.sort(key=lambda pair: digest("failure", pair[1]["seed"]))
-    through = [pair for pair in wrong if pair[1]["verdict"] == "accepted"][: SHOWN_FAILURES // 2]
-    refused = [pair for pair in wrong if pair[1]["verdict"] != "accepted"][: SHOWN_FAILURES - len(through)]
-    return [pair_view(row, candidate, failure_tags(candidate)) for row, candidate in through + refused]
+    # One of each caption on either side: the same mistake again tells nothing.
+    through = {row["caption_id"]: (row, c) for row, c in wrong if c["verdict"] == ACCEPTED}
+    refused = {row["caption_id"]: (row, c) for row, c in wrong if c["verdict"] not in (ACCEPTED, SURPLUS)}
+    shown = list(through.values())[: SHOWN_FAILURES // 2]
+    shown += list(refused.values())[: SHOWN_FAILURES - len(shown)]
+    return [pair_view(row, candidate, failure_tags(candidate)) for row, candidate in shown]
 
 
 def failure_tags(candidate: Row) -> list[tuple[str, bool]]:
@@ -78,7 +82,7 @@ def failure_tags(candidate: Row) -> list[tuple[str, bool]]:
             ("carried out" if candidate["carried_out"] else "not carried out", candidate["carried_out"]),
             ("rest preserved" if candidate["preserved"] else "rest changed", candidate["preserved"]),
         ]
-    accepted = candidate["verdict"] == "accepted"
+    accepted = candidate["verdict"] == ACCEPTED
     return [*found, ("filter: let through" if accepted else f"filter: {candidate['verdict']}", not accepted)]
 
 
@@ -125,7 +129,7 @@ def guidance_grids(recipe: Recipe, workspace: Workspace, rows: list[Row]) -> lis
 
 def comparison(recipe: Recipe, workspace: Workspace, rows: list[Row]) -> dict | None:
     """Test images under every model that makes something, side by side."""
-    models = [model for model in (*EDITORS, SDEDIT) if any(row["model"] == model for row in rows)]
+    models = [model for model in (*EDITORS, *SDEDITS) if any(row["model"] == model for row in rows)]
     if not models:
         return None
     by_model = [{row["caption_id"]: row for row in default_rows(recipe, rows, model)[1]} for model in models]

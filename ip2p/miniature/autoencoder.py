@@ -4,6 +4,9 @@ Its latents are not found by chance: the encoder is taught the closed-form code 
 so the diffusion model can be trained on that code while the autoencoder is still learning to decode it.
 """
 
+# diffusers, transformers and open_clip annotate less than they take and give.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+
 import random
 from functools import cache
 from pathlib import Path
@@ -130,7 +133,7 @@ def train_autoencoder(out: Path, run: Run, *, steps: int, batch_size: int = 32) 
         measure=lambda ema: measure_autoencoder(ema, 512, run.device),
     )
     if rank() == 0:
-        trained.half().save_pretrained(out)  # pyright: ignore[reportCallIssue]
+        trained.half().save_pretrained(out)
 
 
 @torch.inference_mode()

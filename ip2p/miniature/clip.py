@@ -1,5 +1,8 @@
 """The miniature CLIP: an open_clip model that knows the scenes, by contrast between each scene and an edit of it."""
 
+# diffusers, transformers and open_clip annotate less than they take and give.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+
 import json
 import random
 from pathlib import Path

@@ -4,6 +4,9 @@
 end: the editor that ships, and the yardstick for what generated pairs can reach.
 """
 
+# diffusers, transformers and open_clip annotate less than they take and give.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+
 import random
 from pathlib import Path
 
@@ -73,12 +76,13 @@ def train_editor(out: Path, run: Run, base: StableDiffusionPipeline, *, steps: i
         return (weight * (predicted - velocity) ** 2).mean()
 
     trained = fit(model, step_loss, run, "editor", steps=steps, peak=1e-3)
+    assert isinstance(trained, nn.ModuleDict)
     if rank() == 0:
         editor = StableDiffusionInstructPix2PixPipeline(
             vae=vae,
-            text_encoder=trained["text_encoder"],  # pyright: ignore
+            text_encoder=trained["text_encoder"],
             tokenizer=base.tokenizer,
-            unet=trained["unet"],  # pyright: ignore
+            unet=trained["unet"],
             scheduler=base.scheduler,
             safety_checker=None,
             feature_extractor=None,

@@ -5,6 +5,9 @@ be able to read every attribute of every place from its token states. That takes
 part, which word belongs to which thing; trained from nothing together, shapes stay at chance for a long time.
 """
 
+# diffusers, transformers and open_clip annotate less than they take and give.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+
 import random
 from pathlib import Path
 from typing import ClassVar

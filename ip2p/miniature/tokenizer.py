@@ -4,6 +4,9 @@ Every word of the grammar is one token, so token positions are word positions (w
 easy to read); any other text still encodes, byte by byte.
 """
 
+# diffusers, transformers and open_clip annotate less than they take and give.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+
 import json
 from collections.abc import Iterable
 

@@ -54,7 +54,7 @@ def train(
     Returns:
         The moving average of the UNet's parameters: the weights to use.
     """
-    unet = model.unet.float().to(memory_format=torch.channels_last).requires_grad_(True).train()
+    unet = model.unet.float().to(memory_format=torch.channels_last).requires_grad_(True).train()  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     scaler = torch.amp.GradScaler(torch.device(model.device).type, enabled=recipe.precision == "float16")
     ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, foreach=True)

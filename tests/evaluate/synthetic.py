@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from ip2p import images
 from ip2p.evaluate.pair_truth import PAIR_TRUTH
-from ip2p.evaluate.sweep import EDITORS, METRICS, SDEDIT, UNCHANGED, plan_edits
+from ip2p.evaluate.sweep import EDITORS, METRICS, SDEDIT, SDEDIT_INSTRUCTION, UNCHANGED, plan_edits
 from ip2p.evaluate.truth import rendered_cases
 from ip2p.miniature.edits import draw_triplet
 from ip2p.miniature.language import parse_caption
@@ -17,7 +17,7 @@ from ip2p.recipe import Recipe
 from ip2p.records import DATASET, INSTRUCTIONS, PAIRS, caption_id
 from ip2p.workspace import Workspace
 
-SKILL = {"workspace": 0.3, "shipped": 0.8, UNCHANGED: 0.0, SDEDIT: 0.2}
+SKILL = {"workspace": 0.3, "shipped": 0.8, UNCHANGED: 0.0, SDEDIT: 0.2, SDEDIT_INSTRUCTION: 0.1}
 
 
 def make_recipe(**sections) -> Recipe:

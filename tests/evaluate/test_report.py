@@ -84,7 +84,13 @@ def test_the_numbers_are_those_of_the_tables(recipe, workspace):
     ]
     assert shipped.success.mean == pytest.approx(sum(at_default) / len(at_default))
     assert shipped.success.count == len(at_default) == 14
-    assert [result.model for result in summary.accuracies] == ["workspace", "shipped", "sdedit", "unchanged"]
+    assert [result.model for result in summary.accuracies] == [
+        "workspace",
+        "shipped",
+        "sdedit",
+        "sdedit_instruction",
+        "unchanged",
+    ]
     assert all(curve.image.monotone for curve in summary.image_guidance)
     assert all(curve.direction.monotone for curve in summary.text_guidance)
 

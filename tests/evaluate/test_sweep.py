@@ -4,7 +4,16 @@ from collections import Counter
 import pyarrow.compute as pc
 import pytest
 
-from ip2p.evaluate.sweep import EDITS, SDEDIT, SHIPPED, UNCHANGED, WORKSPACE, curve_scales, plan_edits
+from ip2p.evaluate.sweep import (
+    EDITS,
+    SDEDIT,
+    SDEDIT_INSTRUCTION,
+    SHIPPED,
+    UNCHANGED,
+    WORKSPACE,
+    curve_scales,
+    plan_edits,
+)
 from ip2p.evaluate.truth import KINDS, dataset_cases, judge_candidates, judge_edits, rendered_cases
 from ip2p.images import decode
 from ip2p.miniature.edits import draw_triplet, parse_instruction
@@ -38,7 +47,7 @@ def test_every_image_is_edited_along_both_scales_and_one_on_the_whole_grid(recip
     grid_only = 6 - 4
     per_model = (14 * len(curve_scales(recipe)) + grid_only) * 2
     assert Counter(edits["model"].to_pylist()) == {
-        WORKSPACE: per_model, SHIPPED: per_model, UNCHANGED: 14, SDEDIT: 14 * 2,
+        WORKSPACE: per_model, SHIPPED: per_model, UNCHANGED: 14, SDEDIT: 14 * 2, SDEDIT_INSTRUCTION: 14 * 2,
     }  # fmt: skip
     assert len(set(edits["edit_id"].to_pylist())) == edits.num_rows, "the checkpoint needs unique ids"
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 import yaml
 
-from ip2p.evaluate.sweep import METRICS, SDEDIT, SHIPPED, UNCHANGED, WORKSPACE
+from ip2p.evaluate.sweep import METRICS, SDEDITS, SHIPPED, UNCHANGED, WORKSPACE
 from ip2p.workspace import Workspace
 from jobs import evaluate
 from tests.evaluate.synthetic import make_recipe, make_workspace
@@ -65,7 +65,7 @@ def test_every_edit_is_scored_once_and_the_report_is_written(recipe, workspace, 
     metrics, edits = (workspace.read_table("evaluation", name) for name in ("metrics.parquet", "edits"))
     assert sorted(metrics["edit_id"].to_pylist()) == sorted(edits["edit_id"].to_pylist())
     assert metrics.schema.names == METRICS.names
-    assert set(metrics["model"].to_pylist()) == {SHIPPED, UNCHANGED, SDEDIT}, "there is no model of this run"
+    assert set(metrics["model"].to_pylist()) == {SHIPPED, UNCHANGED, *SDEDITS}, "there is no model of this run"
     assert workspace.read_table("evaluation", "pair_truth.parquet").num_rows == 3
     assert summary.pair_truth is not None
     assert workspace.counts("evaluation")["edits"] == edits.num_rows
