@@ -141,8 +141,6 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
         checkpoint_path=workspace.uri("checkpoints", "instructions"),
         delete_checkpoint_on_success=False,
     )
-    # The newer reader starts 32 actors to read the footers of a few files: on two cores that takes minutes.
-    reader_before, context.use_datasource_v2 = context.use_datasource_v2, False
     light: dict[str, Any] = {"num_cpus": TASK_CPUS}
     model = build_processor(
         engine_config(recipe),
@@ -164,8 +162,8 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
             )
         )
     finally:
-        # Both are the whole process's, and other stages have other ids.
-        context.checkpoint_config, context.use_datasource_v2 = None, reader_before
+        # It is the whole process's, and other stages have other ids.
+        context.checkpoint_config = None
 
 
 def engine_config(recipe: Recipe) -> vLLMEngineProcessorConfig:

