@@ -83,6 +83,8 @@ class PairGenerator:
 
     def _all_or_each(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows in one batch; when that fails, each for itself."""
+        if not rows:
+            return []
         try:
             return self.generate(rows)
         except Exception as error:

@@ -83,6 +83,12 @@ def test_nothing_accepted_is_rejected_with_counts(generator):
     assert len(row["candidates"]) == 3
 
 
+def test_a_batch_without_work_passes_through(generator):
+    refused = ("y", "red dog", "", "", "rejected", "too long")
+    [row] = generator(batch([refused])).to_pylist()
+    assert (row["status"], row["reason"], row["candidates"], row["pairs"]) == ("rejected", "too long", [], [])
+
+
 def test_a_row_that_raises_is_failed_and_leaves_its_neighbours_alone(table, generator):
     broken = ("x", None, "make it blue", "blue dog", "ok", "")
     rows = generator(batch([ROWS[0], broken])).to_pylist()
