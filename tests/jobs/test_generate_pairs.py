@@ -103,6 +103,7 @@ def test_whole_stage_then_nothing_more_to_do(recipe, workspace, local_ray, capsy
     assert workspace.counts("pairs") == counts
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_too_often_ends_the_job_and_a_rerun_goes_on(recipe, workspace, local_ray, monkeypatch):
     marker = Path(workspace.path("deaths"))
 
