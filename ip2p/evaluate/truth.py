@@ -52,15 +52,16 @@ def rendered_cases(recipe: Recipe) -> pa.Table:
 
 def dataset_cases(recipe: Recipe, workspace: Workspace) -> pa.Table:
     """The best pair (by direction) of each held-out caption: the test split, or without one the validation split."""
-    split = next((split for split in ("test", "validation") if workspace.exists("dataset", split)), None)
-    if split is None:
+    splits = [
+        workspace.read_table("dataset", name) for name in ("test", "validation") if workspace.exists("dataset", name)
+    ]
+    table = next((split for split in splits if split.num_rows), None)  # an exported split may be empty
+    if table is None:
         raise ValueError(
             "no held-out pairs to evaluate on: set dataset.validation_fraction or dataset.test_fraction above 0 and "
             f"export the dataset of {workspace.location} again"
         )
-    table = workspace.read_table("dataset", split).sort_by(
-        [("caption_id", "ascending"), ("clip_sim_dir", "descending")]
-    )
+    table = table.sort_by([("caption_id", "ascending"), ("clip_sim_dir", "descending")])
     ids = table["caption_id"].to_numpy(zero_copy_only=False)
     _, first = np.unique(ids, return_index=True)
     chosen = sorted(first, key=lambda n: digest("test", recipe.seed, ids[n]))[: recipe.evaluate.images]
