@@ -105,8 +105,9 @@ def _write_pairs(workspace: Workspace, triplets, rng: random.Random) -> None:
     write(workspace, pa.Table.from_pylist(instructions, schema=INSTRUCTIONS), "instructions", "0.parquet")
     write(workspace, pa.Table.from_pylist(pairs, schema=PAIRS), "pairs", "0.parquet")
     table = pa.Table.from_pylist(examples, schema=DATASET)
-    write(workspace, table.slice(0, 80), "dataset", "train", "0.parquet")
-    write(workspace, table.slice(80), "dataset", "validation", "0.parquet")
+    kept = min(80, table.num_rows * 4 // 5)
+    write(workspace, table.slice(0, kept), "dataset", "train", "0.parquet")
+    write(workspace, table.slice(kept), "dataset", "validation", "0.parquet")
 
 
 def _write_pair_truth(workspace: Workspace, triplets, rng: random.Random) -> None:
