@@ -18,6 +18,7 @@ from ray.data import DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
+from cluster.connect import connect
 from ip2p.captions.parse import parse, refuse
 from ip2p.captions.prompt import SCHEMA, few_shot_messages, tuned_prompt
 from ip2p.cli import load_settings
@@ -25,7 +26,6 @@ from ip2p.miniature.edits import EDIT_KINDS, draw_triplet
 from ip2p.recipe import FileCaptions, GrammarCaptions, Instructions, Recipe, locate
 from ip2p.records import CAPTIONS, INSTRUCTIONS, caption_id, digest
 from ip2p.workspace import Workspace
-from jobs.cluster import connect
 
 ROWS_PER_FILE = 5000
 # Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and a task needs room as well.

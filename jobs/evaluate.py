@@ -14,6 +14,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
+from cluster.connect import connect
 from ip2p.cli import load_settings
 from ip2p.evaluate.editors import available
 from ip2p.evaluate.pair_truth import PairTruth, sample_captions
@@ -25,7 +26,6 @@ from ip2p.evaluate.truth import test_set
 from ip2p.recipe import Recipe, locate
 from ip2p.records import digest
 from ip2p.workspace import Workspace
-from jobs.cluster import connect
 
 # Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and tasks need room as well.
 ACTOR_CPUS = 0.4

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from cluster.connect import connect
 from ip2p.cli import load_settings
 from ip2p.pairs.export import SPLITS, explode, with_features
 from ip2p.recipe import Recipe
 from ip2p.records import split_of
 from ip2p.workspace import Workspace
-from jobs.cluster import connect
 
 SHARD_BYTES = 256 * 2**20  # of pairs/, which become one file of each split
 ROW_GROUP = 64  # rows; small enough to be looked at one by one

@@ -13,12 +13,12 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
+from cluster.connect import connect
 from ip2p.cli import load_settings
 from ip2p.pairs.funnel import COLUMNS, funnel, show
 from ip2p.pairs.generate import PairGenerator
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
-from jobs.cluster import connect
 
 TASK_CPUS = 0.2
 CHECKPOINT_FILTER_BYTES = 64 * 2**20  # at least; Ray asks for more when the ids need more

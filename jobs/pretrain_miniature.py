@@ -23,11 +23,11 @@ from ray.train.torch import TorchTrainer, get_device
 from rich.console import Console
 from rich.table import Table
 
+from cluster.connect import connect
 from ip2p.miniature import autoencoder, clip, editor, language_model, text_to_image
 from ip2p.miniature.fit import Run
 from ip2p.models import load_clip
 from ip2p.recipe import ClipRef
-from jobs.cluster import connect
 
 WEIGHTS = Path(__file__).parent.parent / "ip2p" / "miniature" / "weights"
 Name = Literal["autoencoder", "text_to_image", "clip", "language_model", "editor"]

@@ -9,6 +9,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
+from cluster.connect import connect
 from ip2p.cli import load_settings
 from ip2p.evaluate.metrics import Estimate
 from ip2p.evaluate.report import duration, percent, points
@@ -16,7 +17,6 @@ from ip2p.evaluate.summary import NAMES, Summary, summarize
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
 from jobs import edit_captions, evaluate, export_dataset, generate_pairs, train
-from jobs.cluster import connect
 
 STAGES: dict[ModuleType, str] = {
     edit_captions: "a language model writes instructions and edited captions",

@@ -21,6 +21,7 @@ from ray.data import ActorPoolStrategy, SaveMode
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
+from cluster.connect import connect
 from ip2p.cli import load_settings
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
@@ -30,7 +31,6 @@ from ip2p.train.latents import LatentPairs
 from ip2p.train.loop import train
 from ip2p.train.unet import widen_conv_in
 from ip2p.workspace import Workspace
-from jobs.cluster import connect
 
 CURVE = pa.schema(
     [("step", pa.int64())]

@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions
 from starlette.exceptions import HTTPException
 
+from cluster.connect import connect
 from ip2p import images
 from ip2p.cli import load_settings
 from ip2p.diffusion.solvers import plan
@@ -29,7 +30,6 @@ from ip2p.evaluate.editors import available, load_editor
 from ip2p.evaluate.sweep import SHIPPED
 from ip2p.recipe import Recipe, locate
 from ip2p.workspace import Workspace
-from jobs.cluster import connect
 from serve.schema import (
     MAX_IMAGE_BYTES,
     Defaults,

@@ -83,7 +83,7 @@ def train_clip(out: Path, run: Run, vae: AutoencoderKL, *, steps: int, batch_siz
     tokenizer = build_tokenizer(vocabulary())
     config = clip_config(len(tokenizer))
     model = new_clip(config).to(run.device)
-    vae = vae.to(run.device).eval().requires_grad_(False)
+    vae = vae.to(run.device, torch.float32).eval().requires_grad_(False)
 
     def step_loss(step: int) -> Tensor:
         rng, generator = generators(run.seed, step)
