@@ -95,14 +95,14 @@ def _write_part(workspace: Workspace, part: int, rows: list[dict[str, str]]) -> 
 def grammar_captions(captions: GrammarCaptions, seed: int) -> Iterator[str]:
     """Captions of miniature scenes, all different; every kind of edit is possible in an equal part of them.
 
-    Scenes that are held out for evaluation are left out.
+    Many leave places or background unsaid. Scenes that are held out for evaluation are left out.
     """
     kinds = captions.kinds or EDIT_KINDS
     seen: set[str] = set()
     attempt = 0
     while len(seen) < captions.count:
         kind = kinds[len(seen) % len(kinds)]
-        caption, *_ = draw_triplet(random.Random(digest("grammar", seed, attempt)), kind=kind, held_out=False)
+        caption = draw_triplet(random.Random(digest("grammar", seed, attempt)), kind, held_out=False).caption
         attempt += 1
         if caption not in seen:
             seen.add(caption)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import ray.train
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 from ray.train import RunConfig, ScalingConfig
@@ -37,11 +37,11 @@ class Steps(BaseModel):
     """Training steps; the defaults made what ships."""
 
     autoencoder: int = 1300
-    text_encoder: int = 1000
-    text_to_image: int = 3600
-    clip: int = 1000
+    text_encoder: int = 1500
+    text_to_image: int = 4000
+    clip: int = 1500
     language_model: int = language_model.STEPS
-    editor: int = 4000
+    editor: int = 12000
 
 
 class Settings(BaseSettings):
@@ -126,7 +126,9 @@ def measure_all(settings: Settings) -> dict[str, dict[str, float]]:
     out, count = settings.output, settings.scenes
     pipeline = StableDiffusionPipeline.from_pretrained(out / "text_to_image", torch_dtype=torch.float32)
     contrastive = load_clip(ClipRef(name=f"local-dir:{out / 'clip'}"), settings.device)
+    shipped = StableDiffusionInstructPix2PixPipeline.from_pretrained(out / "editor", torch_dtype=torch.float32)
     pipeline.to(settings.device)
+    shipped.to(settings.device)
     return {
         "autoencoder": autoencoder.measure_autoencoder(pipeline.vae, count, settings.device),
         "text-to-image": text_to_image.measure_text_to_image(pipeline, count),
@@ -134,6 +136,7 @@ def measure_all(settings: Settings) -> dict[str, dict[str, float]]:
         "CLIP": clip.measure_clip(contrastive.model, pipeline.tokenizer, settings.device),
         "language model": language_model.measure(out / "language_model", count),
         "language model, unseen wordings": language_model.measure(out / "language_model", count, unseen=True),
+        "editor, unseen wordings": editor.measure_editor(shipped, count),
     }
 
 

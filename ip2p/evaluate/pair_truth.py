@@ -8,7 +8,7 @@ import copy
 
 import pyarrow as pa
 
-from ip2p.evaluate.truth import edit_kind, judge_candidates
+from ip2p.evaluate.truth import edit_kind, judge
 from ip2p.images import decode
 from ip2p.pairs.filter import ACCEPTED, SURPLUS, best, verdict
 from ip2p.pairs.generate import PairGenerator
@@ -79,7 +79,8 @@ class PairTruth:
         if not pairs:
             return []
         images = [(decode(pair["original_image"]), decode(pair["edited_image"])) for pair in pairs]
-        truths = judge_candidates(row["original_prompt"], row["edit_prompt"], row["edited_prompt"], images)
+        before, after = (list(side) for side in zip(*images, strict=True))
+        truths = judge(before, [row["edit_prompt"]] * len(images), after)
         verdicts = [verdict(pair, self.recipe.pairs.thresholds) for pair in pairs]
         passed = {n: pairs[n]["clip_sim_dir"] for n, found in enumerate(verdicts) if found == ACCEPTED}
         for n in passed.keys() - set(best(passed, self.recipe.pairs.max_pairs)):

@@ -12,7 +12,7 @@ from ip2p.edit.editor import Editor, EditRequest
 from ip2p.evaluate.editors import load_editor
 from ip2p.evaluate.sdedit import SDEdit, SDEditRequest
 from ip2p.evaluate.sweep import METRICS, SDEDITS, UNCHANGED
-from ip2p.evaluate.truth import judge_edits
+from ip2p.evaluate.truth import judge
 from ip2p.models import load_clip, load_text_to_image
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
@@ -53,7 +53,7 @@ class EditScorer:
             for n, row in enumerate(rows)
         ]
         if self.recipe.truth == "oracle":
-            truths = judge_edits([case["image"] for case in cases], [row["instruction"] for row in rows], results)
+            truths = judge([case["image"] for case in cases], [row["instruction"] for row in rows], results)
             names = ("carried_out", "preserved", "valid", "success")
             scored = [
                 row | {name: getattr(truth, name) for name in names} for row, truth in zip(scored, truths, strict=True)

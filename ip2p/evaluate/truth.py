@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from ip2p import images
 from ip2p.evaluate.sweep import TEST
-from ip2p.miniature.edits import EDIT_KINDS, consistent, draw_triplet, parse_instruction
-from ip2p.miniature.language import parse_caption
-from ip2p.miniature.oracle import Judgement, judge_images, judge_pairs, read_scenes
+from ip2p.miniature.edits import EDIT_KINDS, draw_triplet, parse_instruction
+from ip2p.miniature.language import read_caption
+from ip2p.miniature.oracle import Judgement, judge_images
 from ip2p.miniature.render import render
 from ip2p.recipe import Recipe
 from ip2p.records import caption_id, digest
@@ -32,20 +32,23 @@ def test_set(recipe: Recipe, workspace: Workspace) -> pa.Table:
 
 
 def rendered_cases(recipe: Recipe) -> pa.Table:
-    """Held-out scenes with an edit of each kind in turn, in unseen wordings; the images are rendered."""
+    """Held-out scenes with an edit of each kind in turn, in unseen wordings; the images are rendered.
+
+    As in the pairs, captions may leave the background or the places unsaid.
+    """
     rng = random.Random(digest("test", recipe.seed))
     cases: dict[str, dict] = {}
     while len(cases) < recipe.evaluate.images:
         kind = KINDS[len(cases) % len(KINDS)]
-        caption, instruction, edited_caption, _ = draw_triplet(rng, kind, unseen=True, held_out=True)
-        cases[caption_id(caption)] = {
-            "caption_id": caption_id(caption),
+        drawn = draw_triplet(rng, kind, unseen=True, held_out=True)
+        cases[caption_id(drawn.caption)] = {
+            "caption_id": caption_id(drawn.caption),
             "edit_kind": kind,
-            "instruction": instruction,
-            "original_prompt": caption,
-            "edited_prompt": edited_caption,
-            "original_image": images.encode(render(parse_caption(caption))),
-            "edited_image": images.encode(render(parse_caption(edited_caption))),
+            "instruction": drawn.instruction,
+            "original_prompt": drawn.caption,
+            "edited_prompt": drawn.edited_caption,
+            "original_image": images.encode(render(drawn.scene)),
+            "edited_image": images.encode(render(drawn.edited_scene)),
         }
     return pa.Table.from_pylist(list(cases.values()), schema=TEST)
 
@@ -73,28 +76,19 @@ def dataset_cases(recipe: Recipe, workspace: Workspace) -> pa.Table:
     return pa.Table.from_pylist([{name: case[name] for name in TEST.names} for case in cases], schema=TEST)
 
 
-def judge_edits(sources: list[np.ndarray], instructions: list[str], results: list[np.ndarray]) -> list[Judgement]:
-    """The oracle on edited test images, all uint8 (32, 32, 3)."""
-    return judge_images(np.stack(sources), instructions, np.stack(results))
+NOTHING_RIGHT = Judgement(carried_out=False, preserved=False, valid=False, preserved_fraction=0.0)
+
+
+def judge(sources: list[np.ndarray], instructions: list[str], results: list[np.ndarray]) -> list[Judgement]:
+    """The oracle on edited images, all uint8 (32, 32, 3); where an instruction makes no sense, nothing is right."""
+    judged = judge_images(np.stack(sources), instructions, np.stack(results))
+    return [NOTHING_RIGHT if isinstance(judgement, str) else judgement for judgement in judged]
 
 
 def edit_kind(caption: str, instruction: str) -> str | None:
     """The kind of edit that an instruction about a captioned scene asks for; None when it makes no sense there."""
     try:
-        return parse_instruction(instruction, parse_caption(caption)).kind
+        described = read_caption(caption)
+        return parse_instruction(instruction, described.scene, described.unsaid).kind
     except ValueError:
         return None
-
-
-def judge_candidates(
-    caption: str, instruction: str, edited_caption: str, pairs: list[tuple[np.ndarray, np.ndarray]]
-) -> list[Judgement]:
-    """The oracle on generated pairs (before, after), uint8 (32, 32, 3), of one caption.
-
-    When the instruction does not turn the one caption into the other, no pair can be right.
-    """
-    before, after = (np.stack(side) for side in zip(*pairs, strict=True))
-    if consistent(caption, instruction, edited_caption) is None:
-        return list(judge_pairs([caption] * len(pairs), [edited_caption] * len(pairs), before, after))
-    readings = zip(read_scenes(before), read_scenes(after), strict=True)
-    return [Judgement(False, False, before.valid and after.valid, 0.0) for before, after in readings]

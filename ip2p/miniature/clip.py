@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from ip2p.miniature.autoencoder import SCALING_FACTOR, draw_scenes, patch_code, pixels
-from ip2p.miniature.edits import apply_edit, draw_edit
+from ip2p.miniature.edits import apply_edit, draw_edit, possible_kinds
 from ip2p.miniature.fit import Run, fit, generators, rank
-from ip2p.miniature.language import describe, vocabulary
+from ip2p.miniature.language import ALL_SAID, describe, draw_unsaid, vocabulary
 from ip2p.miniature.scene import Scene
 from ip2p.miniature.tokenizer import CONTEXT_LENGTH, build_tokenizer, tokenize
 
@@ -50,12 +50,19 @@ def new_clip(config: dict) -> open_clip.CLIP:
 def draw_edited(
     rng: random.Random, count: int, kept_out: bool = False
 ) -> tuple[list[Scene], list[Scene], list[str], list[str]]:
-    """Draw scenes and an edit of each: scenes, edited scenes, captions, edited captions."""
-    scenes = draw_scenes(rng, count, kept_out)
-    edited = [apply_edit(draw_edit(scene, rng), scene) for scene in scenes]
-    styles = [rng.getrandbits(32) for _ in scenes]
-    captions = [describe(scene, style) for scene, style in zip(scenes, styles, strict=True)]
-    edited_captions = [describe(scene, style) for scene, style in zip(edited, styles, strict=True)]
+    """Draw scenes and an edit of each: scenes, edited scenes, captions, edited captions.
+
+    Captions of scenes that are not kept out leave now and then places or background unsaid; those that are, nothing:
+    then there is one right caption.
+    """
+    scenes, edited, captions, edited_captions = draw_scenes(rng, count, kept_out), [], [], []
+    for scene in scenes:
+        unsaid = ALL_SAID if kept_out else draw_unsaid(rng)
+        edit = draw_edit(scene, rng, rng.choice(possible_kinds(scene, unsaid)))
+        edited.append(apply_edit(edit, scene))
+        style = rng.getrandbits(32)
+        captions.append(describe(scene, style, unsaid=unsaid))
+        edited_captions.append(describe(edited[-1], style, unsaid=unsaid - {edit.kind}))
     return scenes, edited, captions, edited_captions
 
 

@@ -10,15 +10,22 @@ end: the editor that ships, and the yardstick for what generated pairs can reach
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ip2p.miniature.autoencoder import SCALING_FACTOR, foreground_weight, patch_code, pixels
-from ip2p.miniature.edits import EDIT_KINDS, apply_edit, draw_edit, draw_scene_for, phrase
+from ip2p.miniature.edits import EDIT_KINDS, draw_triplet
 from ip2p.miniature.fit import Run, fit, generators, rank
-from ip2p.miniature.scene import Scene, held_out
+from ip2p.miniature.oracle import Judgement, judge_images
+from ip2p.miniature.render import render_batch
 from ip2p.miniature.text_to_image import stratified_timesteps
 from ip2p.miniature.tokenizer import tokenize
 from ip2p.train.dropout import dropout_masks
@@ -27,39 +34,25 @@ from ip2p.train.unet import widen_conv_in
 DROPOUT = (0.05, 0.05, 0.05)  # text, image, both: the paper's
 
 
-def draw_edits(rng: random.Random, count: int) -> tuple[list[Scene], list[str], list[Scene]]:
-    """Draw scenes outside the held-out part, an instruction for each, and the edited scenes; kinds of edit balanced."""
-    sources, instructions, targets = [], [], []
-    while len(sources) < count:
-        kind = rng.choice(EDIT_KINDS)
-        source = draw_scene_for(kind, rng)
-        edit = draw_edit(source, rng, kind)
-        target = apply_edit(edit, source)
-        if held_out(source) or held_out(target):
-            continue
-        sources.append(source)
-        instructions.append(phrase(edit, source, rng))
-        targets.append(target)
-    return sources, instructions, targets
-
-
 def train_editor(out: Path, run: Run, base: StableDiffusionPipeline, *, steps: int, batch_size: int = 32) -> None:
     """Widen and train `base`; writes a StableDiffusionInstructPix2PixPipeline directory in fp16 to `out`.
 
-    The text encoder learns along: unlike Stable Diffusion's, it has never seen the words of an instruction.
+    The text encoder stays as it is: it has learned to read instructions.
     """
     torch.manual_seed(run.seed)
     widen_conv_in(base.unet)
     base.to(run.device)
     vae: AutoencoderKL = base.vae.eval().requires_grad_(False)
-    model = nn.ModuleDict({"unet": base.unet.train(), "text_encoder": base.text_encoder.train()})
+    unet: UNet2DConditionModel = base.unet
+    base.text_encoder.eval().requires_grad_(False)
 
     def step_loss(step: int) -> Tensor:
         rng, generator = generators(run.seed, step)
-        sources, instructions, targets = draw_edits(rng, batch_size)
-        before, after = pixels(sources).to(run.device), pixels(targets).to(run.device)
+        drawn = [draw_triplet(rng, held_out=False) for _ in range(batch_size)]
+        before = pixels([triplet.scene for triplet in drawn]).to(run.device)
+        after = pixels([triplet.edited_scene for triplet in drawn]).to(run.device)
         no_text, no_image = dropout_masks(torch.rand(batch_size, generator=generator), *DROPOUT)
-        texts = ["" if drop else text for text, drop in zip(instructions, no_text.tolist(), strict=True)]
+        texts = ["" if drop else edit.instruction for edit, drop in zip(drawn, no_text.tolist(), strict=True)]
         states = base.text_encoder(tokenize(base.tokenizer, texts).to(run.device)).last_hidden_state
         with torch.no_grad():
             image_latents = vae.encode(before).latent_dist.mode()
@@ -69,23 +62,72 @@ def train_editor(out: Path, run: Run, base: StableDiffusionPipeline, *, steps: i
         timesteps = stratified_timesteps(batch_size, 1000, generator).to(run.device)
         noisy = base.scheduler.add_noise(latents, noise, timesteps)
         velocity = base.scheduler.get_velocity(latents, noise, timesteps)
-        predicted = base.unet(torch.cat([noisy, image_latents], 1), timesteps, encoder_hidden_states=states).sample
+        predicted = unet(torch.cat([noisy, image_latents], 1), timesteps, encoder_hidden_states=states).sample
         # What the edit changes is a small part of the image and the whole point of it.
         changed = ((before - after).abs().amax(1, keepdim=True) > 0.05).float()
         weight = F.max_pool2d(foreground_weight(after) + 1.5 * changed, 4)
         return (weight * (predicted - velocity) ** 2).mean()
 
-    trained = fit(model, step_loss, run, "editor", steps=steps, peak=1e-3)
-    assert isinstance(trained, nn.ModuleDict)
-    if rank() == 0:
-        editor = StableDiffusionInstructPix2PixPipeline(
+    def pipeline(unet: nn.Module) -> StableDiffusionInstructPix2PixPipeline:
+        return StableDiffusionInstructPix2PixPipeline(
             vae=vae,
-            text_encoder=trained["text_encoder"],
+            text_encoder=base.text_encoder,
             tokenizer=base.tokenizer,
-            unet=trained["unet"],
+            unet=unet,
             scheduler=base.scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        editor.to(dtype=torch.float16).save_pretrained(out)
+
+    def measure(ema: nn.Module) -> dict[str, float]:
+        rates = measure_editor(pipeline(ema), 120)
+        return {name: rate for name, rate in rates.items() if "." not in name}
+
+    trained = fit(unet, step_loss, run, "editor", steps=steps, peak=1e-3, measure=measure)
+    if rank() == 0:
+        pipeline(trained).to(dtype=torch.float16).save_pretrained(out)
+
+
+@torch.inference_mode()
+def measure_editor(
+    editor: StableDiffusionInstructPix2PixPipeline,
+    count: int,
+    seed: int = 1,
+    *,
+    guidance_scale: float = 2.0,
+    image_guidance_scale: float = 1.5,
+) -> dict[str, float]:
+    """What the oracle says of `count` edits of held-out scenes in unseen wordings (16 steps), all kinds in turn.
+
+    Rates of `carried_out`, `preserved` and `success` (both, in a valid scene), and `success.<kind>`.
+    """
+    rng = random.Random(seed)
+    kinds = [EDIT_KINDS[n % len(EDIT_KINDS)] for n in range(count)]
+    drawn = [draw_triplet(rng, kind, unseen=True, held_out=True) for kind in kinds]
+    sources = render_batch([triplet.scene for triplet in drawn])
+    instructions = [triplet.instruction for triplet in drawn]
+    editor.set_progress_bar_config(disable=True)
+    results: list[np.ndarray] = [
+        editor(
+            instructions[at : at + 64],
+            image=pixels([triplet.scene for triplet in drawn[at : at + 64]]),
+            num_inference_steps=16,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            generator=[torch.Generator().manual_seed(seed + n) for n in range(at, min(at + 64, count))],
+            output_type="np",
+        ).images
+        for at in range(0, count, 64)
+    ]
+    made = (np.concatenate(results) * 255).round().astype(np.uint8)
+    judged = [judgement for judgement in judge_images(sources, instructions, made) if isinstance(judgement, Judgement)]
+    assert len(judged) == count  # these are renderings
+    rates = {
+        name: float(np.mean([getattr(judgement, name) for judgement in judged]))
+        for name in ("carried_out", "preserved", "success")
+    }
+    for kind in EDIT_KINDS:
+        hits = [judgement.success for judgement, of in zip(judged, kinds, strict=True) if of == kind]
+        rates[f"success.{kind}"] = float(np.mean(hits))
+    return rates

@@ -9,15 +9,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ip2p.miniature import language
-from ip2p.miniature.language import INSTRUCTIONS, plural
+from ip2p.miniature.language import ALL_SAID, INSTRUCTIONS, Description, describe, draw_unsaid, plural, read_caption
 from ip2p.miniature.scene import (
     BACKGROUNDS,
     COLOURS,
     LOOKS,
     MAX_THINGS,
+    PLACES,
     SHAPES,
     SIZES,
     Scene,
@@ -142,8 +143,12 @@ def _recount(scene: Scene, count: int) -> tuple[Thing, ...]:
     return (*kept, *new)
 
 
-def possible_kinds(scene: Scene) -> list[str]:
-    """Return the kinds of edit that can change this scene, in the order of EDIT_KINDS."""
+# Kinds that make no sense to one who does not know where things are.
+PLACED_KINDS = ("add", "move", "swap", "count")
+
+
+def possible_kinds(scene: Scene, unsaid: frozenset[str] = ALL_SAID) -> list[str]:
+    """Return the kinds of edit that can change this scene, in the order of EDIT_KINDS, where `unsaid` is not known."""
     several = len(scene.things) > 1
     differ = len({(thing.shape, thing.colour, thing.size) for thing in scene.things}) > 1
     impossible = {
@@ -153,6 +158,8 @@ def possible_kinds(scene: Scene) -> list[str]:
         "isolate": not several,
         "count": not alike(scene),
     }
+    if "places" in unsaid:
+        impossible |= dict.fromkeys(PLACED_KINDS, True)
     return [kind for kind in EDIT_KINDS if not impossible.get(kind)]
 
 
@@ -232,12 +239,17 @@ def _matches(scene: Scene, features: Mapping[str, str]) -> list[Thing]:
 _REFERENCES = (("shape",), ("colour", "shape"), ("size", "shape"), ("size", "colour", "shape"), ("colour",), ("place",))
 
 
-def _refer(scene: Scene, place: str, rng: random.Random) -> str:
-    """Name the thing at `place` so that no other thing can be meant."""
+def _refer(scene: Scene, place: str, rng: random.Random, unsaid: frozenset[str] = ALL_SAID) -> str:
+    """Name the thing at `place` so that no other thing can be meant; the place itself only where it is said."""
     thing = _thing_at(scene, place)
     unambiguous = [
-        names for names in _REFERENCES if len(_matches(scene, {name: getattr(thing, name) for name in names})) == 1
+        names
+        for names in _REFERENCES
+        if len(_matches(scene, {name: getattr(thing, name) for name in names})) == 1
+        and not ("place" in names and "places" in unsaid)
     ]
+    if not unambiguous:
+        raise ValueError(f"nothing but its place distinguishes the thing at {place!r} in {scene}")
     names = rng.choice(unambiguous)
     words = [rng.choice(_WORD_SLOTS[name][getattr(thing, name)]) for name in names if name != "place"]
     noun = [] if "shape" in names else [rng.choice(language.OBJECT_WORDS)]
@@ -253,17 +265,19 @@ def _corner(place: str, rng: random.Random) -> str:
     return f"the {rng.choice(language.place_words(place))}{rng.choice(('', ' corner'))}"
 
 
-def phrase(edit: Edit, scene: Scene, rng: random.Random, unseen: bool = False) -> str:
+def phrase(
+    edit: Edit, scene: Scene, rng: random.Random, unseen: bool = False, unsaid: frozenset[str] = ALL_SAID
+) -> str:
     """Say an edit of a scene as an instruction, in lower case and without a full stop; `unseen` as in `describe`.
 
-    Raises ValueError when the edit cannot be applied to the scene.
+    What is `unsaid` is not referred to. Raises ValueError when the edit cannot be applied to the scene or said.
     """
     apply_edit(edit, scene)
     template = rng.choice(_templates(edit, scene, unseen))
     noun = rng.choice(language.SHAPE_WORDS[scene.things[0].shape])
     slots: dict[str, Callable[[], str]] = {
-        "thing": lambda: _refer(scene, str(edit.place), rng),
-        "other": lambda: _refer(scene, str(edit.to), rng),
+        "thing": lambda: _refer(scene, str(edit.place), rng, unsaid),
+        "other": lambda: _refer(scene, str(edit.to), rng, unsaid),
         # Where an added thing goes, or where a moved one does.
         "place": lambda: _place_phrase(str(edit.to or edit.place), rng, unseen),
         "corner": lambda: _corner(str(edit.to), rng),
@@ -315,13 +329,47 @@ def _read_place(words: Sequence[str]) -> str:
     return " ".join(values)
 
 
-def _find(reference: str, scene: Scene) -> str:
-    """The place of the one thing that a reference means."""
+def _features(reference: str) -> dict[str, str]:
+    """What a reference says of the thing it means."""
     words = reference.split()
     meanings = [language.MEANINGS[word] for word in words if word in language.MEANINGS]
     features = {name: value for name, value in meanings if name in ("shape", "colour", "size")}
     if place := _read_place(words):
         features["place"] = place
+    return features
+
+
+def read_slots(text: str) -> dict[str, dict[str, str]]:
+    """Return what an instruction says whatever the scene: what "edit", "thing", "other" and "new" each are said to be.
+
+    The edit is known by its "wording", a key of INSTRUCTIONS. Raises ValueError when no template fits.
+    """
+    words = " ".join(language.split_words(text))
+    matches = ((key, pattern.fullmatch(words)) for key, pattern in _patterns())
+    key, slots = next(((key, match.groupdict()) for key, match in matches if match), ("", {}))
+    if not key:
+        raise ValueError(f"no edit is said like this: {text!r}")
+    new = {
+        ("size" if slot in _SIZE_SLOTS else slot): _WORD_VALUES[slot][word]
+        for slot, word in slots.items()
+        if slot in _WORD_VALUES
+    }
+    if place := _read_place((slots.get("corner") or slots.get("place") or "").split()):
+        new["place"] = place
+    counted = slots.get("count") or slots.get("counted")
+    if counted:
+        new["count"] = str(_NUMBERS[counted.split()[0]])
+    return {
+        "edit": {"wording": key},
+        "thing": _features(slots.get("thing", "")),
+        "other": _features(slots.get("other", "")),
+        "new": new,
+    }
+
+
+def _find(reference: str, scene: Scene) -> str:
+    """The place of the one thing that a reference means."""
+    features = _features(reference)
     found = _matches(scene, features)
     if len(found) != 1:
         raise ValueError(f"{reference!r} means {len(found)} things in {scene}")
@@ -361,17 +409,24 @@ def _check_counted(slots: Mapping[str, str], scene: Scene) -> None:
         raise ValueError(f"number and noun disagree: {slots['counted']!r}")
 
 
-def parse_instruction(text: str, scene: Scene) -> Edit:
-    """Read an instruction about a scene back.
+def parse_instruction(text: str, scene: Scene, unsaid: frozenset[str] = ALL_SAID) -> Edit:
+    """Read an instruction about a scene, of which `unsaid` is not known, back.
 
     Raises ValueError with the reason: no template fits, a reference means no thing or several, the edit is impossible
-    or changes nothing, or the words can mean different edits.
+    or changes nothing, the words can mean different edits, or they need what is unsaid.
     """
     words = " ".join(language.split_words(text))
+    if "background" in unsaid:  # whatever is asked for changes it
+        named = _WORD_VALUES["background"]
+        asked = {named[word] for word in words.split() if word in named}
+        scene = replace(scene, background=next(name for name in BACKGROUNDS if name not in asked))
     edits: set[Edit] = set()
     reasons = [f"no edit is said like this: {text!r}"]
     for key, pattern in _patterns():
         if not (match := pattern.fullmatch(words)):
+            continue
+        if "places" in unsaid and (key in PLACED_KINDS or _read_place(words.split())):
+            reasons.append(f"where things are is not known: {text!r}")
             continue
         try:
             edit = _read_edit(key, match.groupdict(), scene)
@@ -386,20 +441,41 @@ def parse_instruction(text: str, scene: Scene) -> Edit:
     return min(edits, key=lambda edit: EDIT_KINDS.index(edit.kind))
 
 
+def _said(description: Description) -> dict[str, str | bool | int]:
+    """What a description says, flat; things without places are counted by what they look like."""
+    scene, unsaid = description.scene, description.unsaid
+    flat: dict[str, str | bool | int] = {**attributes(scene)}
+    if "background" in unsaid:
+        del flat["background"]
+    if "places" in unsaid:
+        flat = {name: value for name, value in flat.items() if "." not in name}
+        for thing in scene.things:
+            name = f"number of {thing.size} {thing.colour} {thing.shape}"
+            flat[name] = int(flat.get(name, 0)) + 1
+    return flat
+
+
 def consistent(caption: str, instruction: str, edited_caption: str) -> str | None:
-    """Return None when the instruction turns the caption's scene into exactly the edited caption's, else the reason."""
+    """Return None when the instruction turns what the caption says into exactly what the edited one says, or why not.
+
+    What the caption leaves unsaid the edited one leaves unsaid too, unless it is what the edit sets.
+    """
     try:
-        scene = language.parse_caption(caption)
+        before = read_caption(caption)
     except ValueError as error:
         return f"caption: {error}"
     try:
-        expected = attributes(apply_edit(parse_instruction(instruction, scene), scene))
+        edit = parse_instruction(instruction, before.scene, before.unsaid)
     except ValueError as error:
         return f"instruction: {error}"
     try:
-        got = attributes(language.parse_caption(edited_caption))
+        after = read_caption(edited_caption)
     except ValueError as error:
         return f"edited caption: {error}"
+    unsaid = before.unsaid - {edit.kind}
+    for what in sorted(unsaid ^ after.unsaid):
+        return f"edited caption: {what} should be {'un' if what in unsaid else ''}said"
+    expected, got = _said(Description(_apply(edit, before.scene), unsaid)), _said(after)
     differing = [name for name in sorted(expected | got) if expected.get(name) != got.get(name)]
     if differing:
         name = differing[0]
@@ -407,10 +483,22 @@ def consistent(caption: str, instruction: str, edited_caption: str) -> str | Non
     return None
 
 
+class Triplet(NamedTuple):
+    """What a language model sees of an edit, and the truth behind it."""
+
+    caption: str
+    instruction: str
+    edited_caption: str
+    edit: Edit
+    scene: Scene
+    edited_scene: Scene
+    unsaid: frozenset[str]  # by the caption
+
+
 def draw_triplet(
     rng: random.Random, kind: str | None = None, unseen: bool = False, held_out: bool | None = None
-) -> tuple[str, str, str, Edit]:
-    """Draw (caption, instruction, edited caption, edit), kinds balanced unless one is given.
+) -> Triplet:
+    """Draw an edit with both captions, kinds balanced unless one is given.
 
     `held_out`: None draws from all scenes; False only pairs with neither scene held out (training); True only pairs
     whose first scene is held out (testing). `unseen` takes the wordings that training never uses.
@@ -422,6 +510,16 @@ def draw_triplet(
         edited = apply_edit(edit, scene)
         if held_out is None or (is_held_out(scene) if held_out else not (is_held_out(scene) or is_held_out(edited))):
             break
+    unsaid = draw_unsaid(rng)
+    if kind in PLACED_KINDS or len({replace(thing, place=PLACES[0]) for thing in scene.things}) < len(scene.things):
+        unsaid -= {"places"}
     style = rng.getrandbits(32)
-    instruction = phrase(edit, scene, rng, unseen)
-    return language.describe(scene, style, unseen), instruction, language.describe(edited, style, unseen), edit
+    return Triplet(
+        describe(scene, style, unseen, unsaid),
+        phrase(edit, scene, rng, unseen, unsaid),
+        describe(edited, style, unseen, unsaid - {kind}),
+        edit,
+        scene,
+        edited,
+        unsaid,
+    )

@@ -1,21 +1,22 @@
 """English for the miniature world: all wording, scene -> caption, caption -> scene.
 
-A caption says everything about its scene. All choices of wording come from a `style` number hashed with the value or
-the slot that is worded, so that describing an edited scene in the same style changes only the words that the edit
-touches. A word means one value of one attribute, so captions are read by their words, whatever the order of the
-sentence.
+A caption says everything about its scene, or leaves the background or all places unsaid, as people do. All choices of
+wording come from a `style` number hashed with the value or the slot that is worded, so that describing an edited scene
+in the same style changes only the words that the edit touches. A word means one value of one attribute, so captions are
+read by their words, whatever the order of the sentence.
 
 Wordings in `Wording.unseen` are kept out of training. They combine words that training has seen in new ways: a model
 trained from scratch cannot know a wholly new word, but it should understand a new sentence.
 """
 
 import hashlib
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ip2p.miniature.scene import Scene, Thing, alike
+from ip2p.miniature.scene import BACKGROUNDS, PLACES, Scene, Thing, alike
 
 T = TypeVar("T")
 
@@ -283,18 +284,21 @@ def _thing_words(thing: Thing, style: int) -> dict[str, str]:
     }
 
 
-def _say_things(scene: Scene, style: int, form: str, unseen: bool) -> str:
+def _say_things(scene: Scene, style: int, form: str, unseen: bool, placed: bool) -> str:
     # The order belongs to the places, so that an edit does not shuffle what it leaves alone.
     things = sorted(scene.things, key=lambda thing: _pick(style, f"order.{thing.place}", range(1 << 32)))
     phrases = [_place_phrase(thing.place, style, unseen) for thing in things]
     if len(things) > 1 and alike(scene) and _pick(style, "count", (True, False)):
         words = _thing_words(things[0], style)
-        return _pick(style, "alike", ALIKE.options(unseen)).format(
+        template = _pick(style, "alike", ALIKE.options(unseen))
+        return (template if placed else template.removesuffix(", {places}")).format(
             **words,
             count=COUNT_WORDS[len(things)][0],
             shapes=plural(words["shape"]),
             places=_join([f"one {phrase}" for phrase in phrases]),
         )
+    if not placed:
+        form = " ".join(form.replace("{place}", "").split())
     said = [
         form.format(a="{a}", place=phrase, **_thing_words(thing, style))
         for thing, phrase in zip(things, phrases, strict=True)
@@ -302,8 +306,18 @@ def _say_things(scene: Scene, style: int, form: str, unseen: bool) -> str:
     return _join(said)
 
 
-def describe(scene: Scene, style: int, unseen: bool = False) -> str:
-    """Return a caption that says everything about the scene: lower case words and commas, at most 44 of them.
+# What a caption may leave unsaid. A look that is not mentioned is plain.
+UNSAID = ("places", "background")
+ALL_SAID: frozenset[str] = frozenset()
+
+
+def draw_unsaid(rng: random.Random) -> frozenset[str]:
+    """Draw what a caption leaves unsaid: of UNSAID each in half of the captions."""
+    return frozenset(what for what in UNSAID if rng.random() < 0.5)
+
+
+def describe(scene: Scene, style: int, unseen: bool = False, unsaid: frozenset[str] = ALL_SAID) -> str:
+    """Return a caption that says everything about the scene but `unsaid`: lower case words and commas, at most 44.
 
     `style` is any integer and fixes all wording; `unseen` takes the sentences that training never uses.
     """
@@ -315,8 +329,10 @@ def describe(scene: Scene, style: int, unseen: bool = False) -> str:
     background = _pick(style, "background", BACKGROUND_PHRASES.options(unseen))
     if not look:
         layout = layout.removesuffix(", {look}").removeprefix("{look}, ")
+    if "background" in unsaid:
+        layout = re.sub(r",? \{background\}|\{background\}, ", "", layout)
     text = layout.format(
-        things=_say_things(scene, style, form, unseen),
+        things=_say_things(scene, style, form, unseen, placed="places" not in unsaid),
         background=background.format(
             a="{a}", background=_pick(style, scene.background, BACKGROUND_WORDS[scene.background])
         ),
@@ -353,9 +369,13 @@ def _set_once(values: dict[str, str], name: str, value: str, what: str) -> None:
 
 
 class _ThingsReader:
-    """Gathers attribute words into things: one is complete when it has shape, colour, size and all of its places."""
+    """Gathers attribute words into things: one is complete when it has shape, colour, size and all of its places.
 
-    def __init__(self) -> None:
+    Where a caption says no places at all, things are put at PLACES in the order in which they are mentioned.
+    """
+
+    def __init__(self, placed: bool) -> None:
+        self.placed = placed
         self.things: list[Thing] = []
         self._start()
 
@@ -382,6 +402,8 @@ class _ThingsReader:
             _set_once(self.values, name.removesuffix("s"), value, "a thing")
         if len(self.places) > self.number:
             raise ValueError(f"{self.number} thing(s) at {len(self.places)} places: {', '.join(self.places)}")
+        if len(self.values) == 3 and not self.placed:
+            self.places = list(PLACES[len(self.things) :][: self.number])
         if len(self.values) == 3 and len(self.places) == self.number:
             self.things += [Thing(**self.values, place=place) for place in self.places]
             self._start()
@@ -398,15 +420,28 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[^\s,.]+", text.lower())
 
 
-def parse_caption(text: str) -> Scene:
+@dataclass(frozen=True)
+class Description:
+    """What a caption says: all of `scene` but what is `unsaid`, which is made up there.
+
+    Things without places stand at PLACES in the order in which they are mentioned.
+    """
+
+    scene: Scene
+    unsaid: frozenset[str]
+
+
+def read_caption(text: str) -> Description:
     """Read a caption back; the order of the sentence is free, the words must be known.
 
-    Raises ValueError with the reason: an unknown word, a thing that lacks an attribute or has one twice, no background,
-    or whatever the Scene itself refuses. A look that is not mentioned is plain.
+    Raises ValueError with the reason: an unknown word, a thing that lacks an attribute or has one twice, places of some
+    things only, or whatever the Scene itself refuses. A look that is not mentioned is plain.
     """
-    reader = _ThingsReader()
+    words = split_words(text)
+    placed = any(MEANINGS[word][0] in ("row", "column") for word in words if word in MEANINGS)
+    reader = _ThingsReader(placed)
     setting: dict[str, str] = {}
-    for word in split_words(text):
+    for word in words:
         if word in _NUMBERS:
             reader.begin_group(_NUMBERS[word])
         elif word in MEANINGS:
@@ -418,9 +453,18 @@ def parse_caption(text: str) -> Scene:
         elif word not in FILLERS:
             raise ValueError(f"unknown word {word!r} in caption {text!r}")
     reader.check_finished()
-    if "background" not in setting:
-        raise ValueError(f"no background in caption {text!r}")
-    return Scene(tuple(reader.things), setting["background"], setting.get("look", "plain"))
+    said = {"places": placed, "background": "background" in setting}
+    made_up = {"background": next(iter(BACKGROUNDS)), "look": "plain"}
+    scene = Scene(tuple(reader.things), **(made_up | setting))
+    return Description(scene, frozenset(name for name, is_said in said.items() if not is_said))
+
+
+def parse_caption(text: str) -> Scene:
+    """Read a caption that says everything; raises ValueError as `read_caption` does and for what is unsaid."""
+    description = read_caption(text)
+    if description.unsaid:
+        raise ValueError(f"no {' and no '.join(sorted(description.unsaid))} in caption {text!r}")
+    return description.scene
 
 
 def template_words(templates: Sequence[str]) -> set[str]:

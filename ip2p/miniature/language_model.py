@@ -27,11 +27,11 @@ from transformers import (
 from ip2p.captions.parse import parse
 from ip2p.captions.prompt import answer, tuned_prompt
 from ip2p.miniature.edits import consistent, draw_triplet, parse_instruction
-from ip2p.miniature.language import parse_caption, vocabulary
+from ip2p.miniature.language import read_caption, vocabulary
 from ip2p.miniature.language_model_data import Texts, draw_rows
 
 CONTEXT_LENGTH = 256
-STEPS = 12_000
+STEPS = 24_000
 SHALLOW_LAYERS, LAYERS, DEEPEN_AT = 4, 6, 7400
 EDITED_WEIGHT = 4
 WARMUP_STEPS = 50
@@ -295,6 +295,7 @@ def _rates(captions: list[str], texts: list[str]) -> dict[str, float]:
 
 def _kind(caption: str, instruction: str) -> str:
     try:
-        return parse_instruction(instruction, parse_caption(caption)).kind
+        description = read_caption(caption)
+        return parse_instruction(instruction, description.scene, description.unsaid).kind
     except ValueError:
         return "unreadable"

@@ -5,7 +5,7 @@ import re
 from functools import lru_cache
 
 from ip2p.miniature.edits import draw_triplet, phrase
-from ip2p.miniature.language import MEANINGS, article, parse_caption, split_words
+from ip2p.miniature.language import MEANINGS, article, split_words
 
 BATCH_SIZE = 32
 COPY_STEPS = 300
@@ -52,9 +52,11 @@ def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
             caption = " ".join(rng.choices(words, k=rng.randint(4, 24)))
             rows.append((caption, " ".join(rng.choices(words, k=rng.randint(1, 4))), caption))
         else:
-            caption, instruction, edited_caption, edit = draw_triplet(rng, held_out=False)
-            if rng.random() < 0.5:
-                scene = parse_caption(caption)
-                instruction = max([instruction, *(phrase(edit, scene, rng) for _ in range(3))], key=_detail)
-            rows.append((caption, same_words(caption, instruction, edited_caption), edited_caption))
+            # Captions come in any wording, as people's do; what it writes itself is in the wordings of training.
+            triplet = draw_triplet(rng, unseen=rng.random() < 0.2, held_out=False)
+            phrases = [
+                phrase(triplet.edit, triplet.scene, rng, unsaid=triplet.unsaid) for _ in range(rng.choice((1, 4)))
+            ]
+            instruction = same_words(triplet.caption, max(phrases, key=_detail), triplet.edited_caption)
+            rows.append((triplet.caption, instruction, triplet.edited_caption))
     return sorted(rows, key=lambda row: sum(len(text.split()) for text in row))

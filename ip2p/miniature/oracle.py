@@ -12,7 +12,6 @@ from functools import cache
 import numpy as np
 
 from ip2p.miniature.edits import Edit, apply_edit, parse_instruction
-from ip2p.miniature.language import parse_caption
 from ip2p.miniature.render import CELL, IMAGE_SIZE, cell_templates, decode_cell, decode_setting
 from ip2p.miniature.scene import MAX_THINGS, PLACES, Scene, attributes
 
@@ -48,13 +47,6 @@ class Judgement:
     def success(self) -> bool:
         """All three."""
         return self.carried_out and self.preserved and self.valid
-
-
-@dataclass(frozen=True)
-class PairJudgement(Judgement):
-    """A Judgement of two images made from two captions; the original need not show exactly what its caption says."""
-
-    original_matches_caption: bool
 
 
 @cache
@@ -135,52 +127,24 @@ def judge_edit(source: Scene, edit: Edit, result: Reading) -> Judgement:
     return Judgement(carried_out, fraction == 1, result.valid, fraction)
 
 
-def judge_images(source_images: np.ndarray, instructions: Sequence[str], result_images: np.ndarray) -> list[Judgement]:
-    """Judge edited images, uint8 (B, 32, 32, 3) both, with the source scenes read from their pixels.
+def judge_images(
+    source_images: np.ndarray, instructions: Sequence[str], result_images: np.ndarray
+) -> list[Judgement | str]:
+    """Judge edited images, uint8 (B, 32, 32, 3) both, by what is seen in the source images.
 
-    Raises ValueError, naming the row, when a source is no scene or its instruction does not apply to it.
+    Where there is nothing to judge, because a source is no scene or its instruction makes no sense there, the reason.
     """
-    judgements = []
     rows = zip(read_scenes(source_images), instructions, read_scenes(result_images), strict=True)
-    for row, (source, instruction, result) in enumerate(rows):
-        if source.scene is None or not source.valid:
-            raise ValueError(f"row {row}: the source image is no scene (residual {source.residual:.3f})")
-        try:
-            edit = parse_instruction(instruction, source.scene)
-        except ValueError as error:
-            raise ValueError(f"row {row}: {error}") from error
-        judgements.append(judge_edit(source.scene, edit, result))
-    return judgements
+    return [_judge(source, instruction, result) for source, instruction, result in rows]
 
 
-def judge_pairs(
-    captions: Sequence[str], edited_captions: Sequence[str], original_images: np.ndarray, edited_images: np.ndarray
-) -> list[PairJudgement]:
-    """Judge generated pairs, uint8 (B, 32, 32, 3) both: do the images differ as the captions do, and only so?
-
-    Every attribute in which the captions differ must get its new value in the edited image and not have it in the
-    original; every attribute on which they agree must be the same in both images, whatever the captions say of it.
-    Raises ValueError when a caption cannot be read.
-    """
-    rows = zip(captions, edited_captions, read_scenes(original_images), read_scenes(edited_images), strict=True)
-    return [_judge_pair(parse_caption(caption), parse_caption(edited), *images) for caption, edited, *images in rows]
-
-
-def _judge_pair(caption: Scene, edited_caption: Scene, original: Reading, edited: Reading) -> PairJudgement:
-    said_before, said_after = attributes(caption), attributes(edited_caption)
-    before, after = _attributes_of(original), _attributes_of(edited)
-    changed = [name for name in _names(said_before, said_after) if said_before.get(name) != said_after.get(name)]
-    kept = [name for name in _names(before, after) if name not in changed]
-    readable = bool(before and after)
-    carried_out = readable and all(after.get(name) == said_after.get(name) != before.get(name) for name in changed)
-    fraction = float(np.mean([after.get(name) == before.get(name) for name in kept])) if readable else 0.0
-    return PairJudgement(
-        carried_out=carried_out,
-        preserved=fraction == 1,
-        valid=original.valid and edited.valid,
-        preserved_fraction=fraction,
-        original_matches_caption=original.scene == caption,
-    )
+def _judge(source: Reading, instruction: str, result: Reading) -> Judgement | str:
+    if source.scene is None or not source.valid:
+        return f"the source image is no scene (residual {source.residual:.3f})"
+    try:
+        return judge_edit(source.scene, parse_instruction(instruction, source.scene), result)
+    except ValueError as error:
+        return str(error)
 
 
 def attribute_accuracy(expected: Sequence[Scene], images: np.ndarray) -> dict[str, float]:

@@ -11,7 +11,6 @@ from ip2p.evaluate.pair_truth import PAIR_TRUTH
 from ip2p.evaluate.sweep import EDITORS, METRICS, SDEDIT, SDEDIT_INSTRUCTION, UNCHANGED, plan_edits
 from ip2p.evaluate.truth import rendered_cases
 from ip2p.miniature.edits import draw_triplet
-from ip2p.miniature.language import parse_caption
 from ip2p.miniature.render import render
 from ip2p.recipe import Recipe
 from ip2p.records import DATASET, INSTRUCTIONS, PAIRS, caption_id
@@ -73,7 +72,8 @@ def scores(rng: random.Random, verdict: str) -> dict:
 
 def _write_pairs(workspace: Workspace, triplets, rng: random.Random) -> None:
     instructions, pairs, examples = [], [], []
-    for n, (caption, instruction, edited, _) in enumerate(triplets):
+    for n, triplet in enumerate(triplets):
+        caption, instruction, edited = triplet[:3]
         ok = n % 8 != 0
         row = {
             "caption_id": caption_id(caption),
@@ -87,7 +87,7 @@ def _write_pairs(workspace: Workspace, triplets, rng: random.Random) -> None:
         verdicts = (
             rng.choices(["accepted", "image < 0.5", "direction < 0.5", "surplus"], (5, 2, 2, 1), k=6) if ok else []
         )
-        before, after = (render(parse_caption(text)) for text in (caption, edited))
+        before, after = render(triplet.scene), render(triplet.edited_scene)
         candidates = [scores(rng, verdict) for verdict in verdicts]
         kept = [
             c | {"original_image": noisy(before, rng), "edited_image": noisy(after, rng)}
@@ -112,8 +112,9 @@ def _write_pairs(workspace: Workspace, triplets, rng: random.Random) -> None:
 
 def _write_pair_truth(workspace: Workspace, triplets, rng: random.Random) -> None:
     rows = []
-    for caption, instruction, edited, edit in triplets:
-        before, after = (render(parse_caption(text)) for text in (caption, edited))
+    for triplet in triplets:
+        caption, instruction, edited = triplet[:3]
+        before, after = render(triplet.scene), render(triplet.edited_scene)
         candidates = []
         for shared in (False, True):
             for _ in range(4):
@@ -126,7 +127,9 @@ def _write_pair_truth(workspace: Workspace, triplets, rng: random.Random) -> Non
                     | {"edited_image": noisy(after if right else before[::-1], rng)}
                 )
         texts = {"original_prompt": caption, "edit_prompt": instruction, "edited_prompt": edited}
-        rows.append({"caption_id": caption_id(caption), "edit_kind": edit.kind, **texts, "candidates": candidates})
+        rows.append(
+            {"caption_id": caption_id(caption), "edit_kind": triplet.edit.kind, **texts, "candidates": candidates}
+        )
     write(workspace, pa.Table.from_pylist(rows, schema=PAIR_TRUTH), "evaluation", "pair_truth.parquet", "0.parquet")
 
 

@@ -11,7 +11,7 @@ import ray
 from ip2p.captions.prompt import answer
 from ip2p.miniature import language_model
 from ip2p.miniature.edits import EDIT_KINDS, consistent, possible_kinds
-from ip2p.miniature.language import parse_caption, vocabulary
+from ip2p.miniature.language import read_caption, vocabulary
 from ip2p.miniature.scene import held_out
 from ip2p.recipe import ClipRef, FileCaptions, GrammarCaptions, Instructions, ModelRef, Models, Recipe
 from ip2p.records import INSTRUCTIONS, caption_id
@@ -69,15 +69,15 @@ def test_grammar_captions_differ_and_allow_every_kind_of_edit_equally():
     assert len(set(captions)) == 240
     assert captions == grammar(240), "the same seed gives the same captions"
     assert not set(captions) & set(grammar(240, seed=1))
-    scenes = [parse_caption(caption) for caption in captions]
-    assert not any(held_out(scene) for scene in scenes)
-    for k, scene in enumerate(scenes):
-        assert EDIT_KINDS[k % 12] in possible_kinds(scene)
+    for k, described in enumerate(read_caption(caption) for caption in captions):
+        assert EDIT_KINDS[k % 12] in possible_kinds(described.scene, described.unsaid)
+        assert described.unsaid or not held_out(described.scene)
 
 
 def test_only_the_kinds_that_are_asked_for():
     captions = edit_captions.grammar_captions(GrammarCaptions(count=20, kinds=["count"]), 0)
-    assert all("count" in possible_kinds(parse_caption(caption)) for caption in captions)
+    for described in map(read_caption, captions):
+        assert "count" in possible_kinds(described.scene, described.unsaid)
 
 
 def test_each_caption_is_kept_once_and_a_limit_holds(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ip2p.miniature import language
-from ip2p.miniature.language import describe, parse_caption, split_words, vocabulary
+from ip2p.miniature.language import describe, draw_unsaid, parse_caption, read_caption, split_words, vocabulary
 from ip2p.miniature.scene import PLACES, Scene, Thing, draw_scene
 
 SCENE = Scene(
@@ -41,7 +41,9 @@ def test_a_person_may_say_it_in_another_order():
     [
         ("a large mauve square in the top left on a pink background", "unknown word 'mauve'"),
         ("a large square in the top left on a pink background", "lacks colour"),
-        ("a large red square on a pink background", "lacks a place"),
+        ("a large red square on a pink background", "no places in caption"),
+        ("a large red square", "no background and no places"),
+        ("a large red square in the top left and a small blue star on pink", "lacks a place"),
         ("a large small red square in the top left on a pink background", "two values of size"),
         ("a large red square in the top left", "no background"),
         ("a large red square in the left on a pink background", "not preceded by top or bottom"),
@@ -55,6 +57,22 @@ def test_a_person_may_say_it_in_another_order():
 def test_a_wrong_caption_is_refused_with_the_reason(caption: str, reason: str):
     with pytest.raises(ValueError, match=reason):
         parse_caption(caption)
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_what_is_unsaid_is_read_back_as_unsaid(unseen: bool):
+    rng = random.Random(1)
+    for _ in range(1000):
+        scene, style, unsaid = draw_scene(rng), rng.getrandbits(32), draw_unsaid(rng)
+        described = read_caption(describe(scene, style, unseen, unsaid))
+        assert described.unsaid == unsaid
+        assert described.scene.look == scene.look
+        looks = [Counter(replace(thing, place="top left") for thing in of.things) for of in (described.scene, scene)]
+        assert looks[0] == looks[1]
+        if "places" not in unsaid:
+            assert described.scene.things == scene.things
+        if "background" not in unsaid:
+            assert described.scene.background == scene.background
 
 
 def test_an_edit_changes_only_the_words_it_touches():

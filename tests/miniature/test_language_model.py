@@ -68,7 +68,7 @@ def test_only_the_answer_is_learned(tokenizer):
 def test_instructions_use_the_words_of_the_captions_and_mean_the_same():
     rng = random.Random(0)
     for _ in range(300):
-        caption, instruction, edited_caption, _ = draw_triplet(rng)
+        caption, instruction, edited_caption = draw_triplet(rng)[:3]
         said = language_model_data.same_words(caption, instruction, edited_caption)
         assert consistent(caption, said, edited_caption) is None, (instruction, said)
 

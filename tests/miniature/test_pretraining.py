@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from torch import nn
 
-from ip2p.miniature import autoencoder, clip, text_to_image
+from ip2p.miniature import autoencoder, clip, editor, text_to_image
+from ip2p.miniature.edits import EDIT_KINDS
 from ip2p.miniature.fit import Run, fit, generators, learning_rate
 from ip2p.miniature.language import vocabulary
 from ip2p.miniature.oracle import attribute_accuracy
@@ -90,6 +91,12 @@ def test_each_model_trains_and_loads(tmp_path):
     vae = AutoencoderKL.from_pretrained(tmp_path / "sd" / "vae", torch_dtype=torch.float32)
     text_to_image.train_text_to_image(tmp_path / "sd", run, vae, text_steps=2, steps=2, batch_size=4)
     clip.train_clip(tmp_path / "clip", run, vae, steps=2, batch_size=4)
+    base = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", torch_dtype=torch.float32)
+    editor.train_editor(tmp_path / "editor", run, base, steps=2, batch_size=4)
+    trained = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "editor", torch_dtype=torch.float32)
+    rates = editor.measure_editor(trained, 12)
+    assert {f"success.{kind}" for kind in EDIT_KINDS} < set(rates)
+    assert rates["success"] <= 0.5
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", torch_dtype=torch.float32)
     figures = text_to_image.measure_text_to_image(pipeline, 4)
     assert 0 <= figures["exact"] <= 0.5  # two steps teach nothing
