@@ -1,0 +1,59 @@
+"""Choose the thresholds of the CLIP filter on generated pairs of which the truth is known.
+
+evaluation/pair_truth.parquet (from jobs.evaluate) -> a table and the line for the recipe. Thresholds belong to a CLIP
+model: calibrate again for another one. More --evaluate.pair_captions in jobs.evaluate make the choice surer.
+"""
+
+from pydantic import BaseModel, Field
+from rich.console import Console
+from rich.table import Table
+
+from ip2p.cli import load_settings
+from ip2p.evaluate.calibrate import Calibration, calibrate
+from ip2p.evaluate.report import percent
+from ip2p.recipe import Recipe
+from ip2p.workspace import Workspace
+
+
+class Flags(BaseModel):
+    min_recall: float = Field(0.6, gt=0, le=1, description="share of the right candidates that must be accepted")
+
+
+def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
+    """Print what the recipe's thresholds and the best ones do. Raises `ValueError` where truth is not known."""
+    if recipe.truth != "oracle":
+        raise ValueError(f"truth: {recipe.truth}: calibration needs pairs of which the truth is known (truth: oracle)")
+    if not workspace.exists("evaluation", "pair_truth.parquet"):
+        raise ValueError(f"{workspace.uri('evaluation/pair_truth.parquet')} is not there: run jobs.evaluate first")
+    captions = workspace.read_table("evaluation", "pair_truth.parquet").to_pylist()
+    candidates = [
+        candidate | {"caption_id": caption["caption_id"]}
+        for caption in captions
+        for candidate in caption["candidates"]
+        if candidate["shared"]
+    ]
+    found = calibrate(candidates, recipe.pairs.thresholds, min_recall)
+    table = Table("thresholds", "accepted", "of the right ones", "right among accepted", "95% interval")
+    for name, quality in (
+        ("none", found.unfiltered),
+        ("of the recipe", found.present),
+        ("chosen on other captions", found.chosen),
+    ):
+        rate = quality.precision
+        interval = f"{percent(rate.low)} to {percent(rate.high)}"
+        table.add_row(name, percent(quality.accepted), percent(quality.recall), percent(rate.mean), interval)
+    table.title = f"{len(candidates)} candidates of {len(captions)} captions, attention shared"
+    Console().print(table)
+    t = found.thresholds
+    print(f"thresholds: {{image: {t.image:g}, direction: {t.direction:g}, agreement: {t.agreement:g}}}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv)
+    assert workspace is not None
+    run(recipe, workspace, flags.min_recall)
+
+
+if __name__ == "__main__":
+    main()
