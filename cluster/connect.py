@@ -5,6 +5,10 @@ import os
 import ray
 from ray.data import DataContext
 
+# In a resumed run the checkpoint's filter and a stage's actors hold a CPU each to the end, and Ray's own listing and
+# repartitioning tasks want a whole one: with two they would wait for ever. Ray's CPUs are tickets, not cores.
+FEWEST_CPUS = 4
+
 
 def connect() -> None:
     """Connect to the cluster that RAY_ADDRESS names (Ray's job submission sets it), else start one on this machine.
@@ -14,5 +18,7 @@ def connect() -> None:
     # The newer reader starts 32 actors to read the footers of a few files: on two cores that takes minutes.
     DataContext.get_current().use_datasource_v2 = False
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
-        ray.init(address) if address else ray.init("local", include_dashboard=False)
+        if address := os.environ.get("RAY_ADDRESS"):
+            ray.init(address)
+        else:
+            ray.init("local", include_dashboard=False, num_cpus=max(FEWEST_CPUS, os.cpu_count() or 1))

@@ -140,7 +140,7 @@ def chain(
     light: dict[str, Any] = {"num_cpus": TASK_CPUS}
     try:
         (
-            ray.data.read_parquet(workspace.path("evaluation", source), filesystem=workspace.fs, ray_remote_args=light)
+            ray.data.read_parquet(workspace.path("evaluation", source), filesystem=workspace.fs, num_cpus=TASK_CPUS)
             .repartition(target_num_rows_per_block=rows_per_task)
             .map_batches(
                 actor,

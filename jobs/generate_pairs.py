@@ -55,7 +55,7 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
     try:
         (
             # A source that is not read_parquet would write checkpoints and never apply them.
-            ray.data.read_parquet(workspace.path("instructions"), filesystem=workspace.fs, ray_remote_args=light)
+            ray.data.read_parquet(workspace.path("instructions"), filesystem=workspace.fs, num_cpus=TASK_CPUS)
             .repartition(target_num_rows_per_block=settings.rows_per_block)
             .map_batches(
                 PairGenerator,  # pyright: ignore[reportArgumentType]

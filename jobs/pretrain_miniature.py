@@ -28,6 +28,7 @@ from ip2p.miniature import autoencoder, clip, editor, language_model, text_to_im
 from ip2p.miniature.fit import Run
 from ip2p.models import load_clip
 from ip2p.recipe import ClipRef
+from jobs.train import threads_per_worker
 
 WEIGHTS = Path(__file__).parent.parent / "ip2p" / "miniature" / "weights"
 Name = Literal["autoencoder", "text_to_image", "clip", "language_model", "editor"]
@@ -66,7 +67,7 @@ def train_one(config: dict[str, Any]) -> None:
     settings: Settings = config["settings"]
     out, steps = settings.output, settings.steps
     device = str(get_device()) if settings.device == "cuda" else "cpu"
-    torch.set_num_threads(config["threads"])
+    torch.set_num_threads(threads_per_worker(config["cpus"], ray.train.get_context().get_local_world_size()))
     started = time.monotonic()
 
     def log(facts: dict[str, float]) -> None:
@@ -108,7 +109,7 @@ def train_all(settings: Settings) -> None:
     for name in settings.models:
         TorchTrainer(
             train_one,
-            train_loop_config={"name": name, "settings": settings, "threads": cpus},
+            train_loop_config={"name": name, "settings": settings, "cpus": cpus},
             scaling_config=ScalingConfig(
                 num_workers=settings.workers,
                 use_gpu=settings.device == "cuda",

@@ -143,7 +143,7 @@ def fit(recipe: Recipe, workspace: Workspace) -> ray.train.Checkpoint:
     name = "train-" + short_digest([same, recipe.seed, workspace.counts("latents")["source"]])
     trainer = TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"recipe": recipe, "workspace": workspace, "threads": cpus},
+        train_loop_config={"recipe": recipe, "workspace": workspace, "cpus": cpus},
         scaling_config=ScalingConfig(
             num_workers=recipe.train.workers,
             use_gpu=gpu,
@@ -168,12 +168,17 @@ def cpus_per_worker(workers: int, node_cpus: list[float]) -> int:
     return next((c for c in range(largest, 0, -1) if sum(cpus // c for cpus in node_cpus) >= workers), 1)
 
 
+def threads_per_worker(cpus: int, workers_here: int) -> int:
+    """As many as it has CPUs, but no more than its share of this machine has: Ray may count more CPUs."""
+    return max(1, min(cpus, (os.cpu_count() or 1) // workers_here))
+
+
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """One rank: load, resume from the last checkpoint if there is one, train and report."""
     recipe, workspace = config["recipe"], config["workspace"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config["threads"])
+    torch.set_num_threads(threads_per_worker(config["cpus"], context.get_local_world_size()))
     model = load_base(recipe, str(get_device()))
     latents = workspace.read_table("latents")
     pairs = LatentPairs(latents, "train")

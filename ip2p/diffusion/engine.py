@@ -94,7 +94,7 @@ class Engine:
 
     def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule, batch_size: int):
         assert batch_size > 0, batch_size
-        # Convolutions run about a tenth faster.
+        # Measured on two cores: 0 to 12% faster.
         self.unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.unet.set_attn_processor(SharingProcessor())  # pyright: ignore[reportArgumentType]
         self.schedule = schedule
