@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
+from cluster.connect import connect
 from tests import tiny
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -26,3 +28,11 @@ def tiny_editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of an open_clip model, random weights: `local-dir:<directory>`."""
     return tiny.make_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """The Ray that a job starts on this machine."""
+    connect()
+    yield
+    ray.shutdown()

@@ -239,7 +239,10 @@ def _matches(scene: Scene, features: Mapping[str, str]) -> list[Thing]:
 _REFERENCES = (("shape",), ("colour", "shape"), ("size", "shape"), ("size", "colour", "shape"), ("colour",), ("place",))
 
 
-def _refer(scene: Scene, place: str, rng: random.Random, unsaid: frozenset[str] = ALL_SAID) -> str:
+_IN_FULL = ("size", "colour", "shape")
+
+
+def _refer(scene: Scene, place: str, rng: random.Random, unsaid: frozenset[str], in_full: bool) -> str:
     """Name the thing at `place` so that no other thing can be meant; the place itself only where it is said."""
     thing = _thing_at(scene, place)
     unambiguous = [
@@ -250,7 +253,7 @@ def _refer(scene: Scene, place: str, rng: random.Random, unsaid: frozenset[str] 
     ]
     if not unambiguous:
         raise ValueError(f"nothing but its place distinguishes the thing at {place!r} in {scene}")
-    names = rng.choice(unambiguous)
+    names = _IN_FULL if in_full and _IN_FULL in unambiguous else rng.choice(unambiguous)
     words = [rng.choice(_WORD_SLOTS[name][getattr(thing, name)]) for name in names if name != "place"]
     noun = [] if "shape" in names else [rng.choice(language.OBJECT_WORDS)]
     where = [_place_phrase(place, rng)] if "place" in names else []
@@ -266,18 +269,24 @@ def _corner(place: str, rng: random.Random) -> str:
 
 
 def phrase(
-    edit: Edit, scene: Scene, rng: random.Random, unseen: bool = False, unsaid: frozenset[str] = ALL_SAID
+    edit: Edit,
+    scene: Scene,
+    rng: random.Random,
+    unseen: bool = False,
+    unsaid: frozenset[str] = ALL_SAID,
+    in_full: bool = False,
 ) -> str:
     """Say an edit of a scene as an instruction, in lower case and without a full stop; `unseen` as in `describe`.
 
-    What is `unsaid` is not referred to. Raises ValueError when the edit cannot be applied to the scene or said.
+    What is `unsaid` is not referred to; `in_full` says "the small red star" where "the star" would do. Raises
+    ValueError when the edit cannot be applied to the scene or said.
     """
     apply_edit(edit, scene)
     template = rng.choice(_templates(edit, scene, unseen))
     noun = rng.choice(language.SHAPE_WORDS[scene.things[0].shape])
     slots: dict[str, Callable[[], str]] = {
-        "thing": lambda: _refer(scene, str(edit.place), rng, unsaid),
-        "other": lambda: _refer(scene, str(edit.to), rng, unsaid),
+        "thing": lambda: _refer(scene, str(edit.place), rng, unsaid, in_full),
+        "other": lambda: _refer(scene, str(edit.to), rng, unsaid, in_full),
         # Where an added thing goes, or where a moved one does.
         "place": lambda: _place_phrase(str(edit.to or edit.place), rng, unseen),
         "corner": lambda: _corner(str(edit.to), rng),

@@ -28,11 +28,6 @@ def same_words(caption: str, instruction: str, edited_caption: str) -> str:
     return re.sub(r"\ban? (?=(\w+))", lambda match: f"{article(match[1])} ", " ".join(words))
 
 
-def _detail(instruction: str) -> int:
-    """How many attributes it names: "the large red star" is easier to find, and seldom ambiguous, than "the star"."""
-    return sum(word in MEANINGS for word in instruction.split())
-
-
 def draw_rows(seed: int, step: int, words: list[str]) -> list[Texts]:
     """Draw the batch of a step. Batches are cut from a pool sorted by length, so that little of them is padding."""
     group, part = divmod(step, POOLED_STEPS)
@@ -54,9 +49,8 @@ def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
         else:
             # Captions come in any wording, as people's do; what it writes itself is in the wordings of training.
             triplet = draw_triplet(rng, unseen=rng.random() < 0.2, held_out=False)
-            phrases = [
-                phrase(triplet.edit, triplet.scene, rng, unsaid=triplet.unsaid) for _ in range(rng.choice((1, 4)))
-            ]
-            instruction = same_words(triplet.caption, max(phrases, key=_detail), triplet.edited_caption)
+            # Which thing is meant is the hardest part: named in full, it can be copied and is seldom ambiguous.
+            said = phrase(triplet.edit, triplet.scene, rng, unsaid=triplet.unsaid, in_full=True)
+            instruction = same_words(triplet.caption, said, triplet.edited_caption)
             rows.append((triplet.caption, instruction, triplet.edited_caption))
     return sorted(rows, key=lambda row: sum(len(text.split()) for text in row))

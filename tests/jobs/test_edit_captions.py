@@ -46,13 +46,6 @@ def grammar(count: int, seed: int = 0) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def local_ray():
-    ray.init(address="local", num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def chat_model(tmp_path_factory) -> Path:
     """Directory of an untrained model with a chat template and room for the exemplars."""
     folder = tmp_path_factory.mktemp("models") / "chat"

@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-import ray
 import yaml
 
 from ip2p.evaluate.sweep import METRICS, SDEDITS, SHIPPED, UNCHANGED, WORKSPACE
@@ -51,13 +50,6 @@ def workspace(recipe, tmp_path):
     workspace = make_workspace(tmp_path / "run", recipe, captions=10)
     workspace.fs.delete_dir(workspace.path("evaluation"))
     return workspace
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    ray.init("local", num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 def test_every_edit_is_scored_once_and_the_report_is_written(recipe, workspace, local_ray, capsys):

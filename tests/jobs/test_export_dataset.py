@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from ip2p import images
 from ip2p.recipe import ClipRef, Dataset, GrammarCaptions, ModelRef, Models, Recipe
@@ -16,13 +15,6 @@ from ip2p.workspace import Workspace
 from jobs import export_dataset
 
 CAPTIONS = 40
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    ray.init("local", num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -23,13 +23,6 @@ CAPTIONS = 6
 REJECTED = ("rejected", "not json")
 
 
-@pytest.fixture(scope="module")
-def local_ray():
-    ray.init("local", num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
 def recipe(tiny_sd, tiny_clip) -> Recipe:
     ref = ModelRef(path=str(tiny_sd))
@@ -141,10 +134,10 @@ def test_a_killed_driver_is_resumed(recipe, tmp_path):
     write_instructions(workspace, count)
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
     code = (
-        "import pathlib, ray; from ip2p.recipe import Recipe; from ip2p.workspace import Workspace;"
-        "from jobs import generate_pairs;"
+        "import pathlib; from ip2p.recipe import Recipe; from ip2p.workspace import Workspace;"
+        "from cluster.connect import connect; from jobs import generate_pairs;"
         f"recipe = Recipe.model_validate_json(pathlib.Path({str(tmp_path / 'recipe.json')!r}).read_text());"
-        "ray.init('local', num_cpus=2, include_dashboard=False);"
+        "connect();"
         f"generate_pairs.run(recipe, Workspace({workspace.location!r}))"
     )
     job = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)

@@ -3,7 +3,6 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from skimage import data
@@ -15,13 +14,6 @@ from ip2p.workspace import Workspace
 from jobs import train
 
 PHOTOS = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -180,6 +180,16 @@ def test_what_a_caption_leaves_unsaid_stays_so(caption: str, instruction: str, e
     assert wrong in (found or "")
 
 
+def test_a_thing_may_be_named_in_full():
+    rng = random.Random(0)
+    for _ in range(200):
+        drawn = draw_triplet(rng, "recolour")
+        said = phrase(drawn.edit, drawn.scene, rng, unsaid=drawn.unsaid, in_full=True)
+        assert parse_instruction(said, drawn.scene, drawn.unsaid) == drawn.edit
+        named = read_slots(said)["thing"]
+        assert set(named) == {"size", "colour", "shape"} or set(named) == {"place"}, said
+
+
 def test_slots_say_what_an_instruction_says_without_its_scene():
     assert read_slots("swap the tiny red star with the object in the upper left corner") == {
         "edit": {"wording": "swap"},

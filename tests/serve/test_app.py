@@ -9,7 +9,6 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import ray
 from PIL import Image
 from ray import serve
 from skimage import data
@@ -39,15 +38,13 @@ def recipe(tiny_sd, tiny_editor):
 
 
 @pytest.fixture(scope="module")
-def address(recipe):
+def address(recipe, local_ray):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray.init("local", num_cpus=2, include_dashboard=False)
     start(recipe, None, "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
