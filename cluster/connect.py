@@ -1,4 +1,4 @@
-"""Which Ray cluster a job runs on."""
+"""Which Ray cluster a job runs on, and whether it has GPUs."""
 
 import os
 
@@ -22,3 +22,14 @@ def connect() -> None:
             ray.init(address)
         else:
             ray.init("local", include_dashboard=False, num_cpus=max(FEWEST_CPUS, os.cpu_count() or 1))
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether a recipe's `device` means that its actors ask Ray for GPUs.
+
+    Raises `ValueError` when it demands what the cluster has not.
+    """
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and not gpus:
+        raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
+    return device != "cpu" and gpus > 0

@@ -18,7 +18,7 @@ from ray.data import DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from cluster.connect import connect
+from cluster.connect import connect, uses_gpu
 from ip2p.captions.parse import parse, refuse
 from ip2p.captions.prompt import SCHEMA, few_shot_messages, tuned_prompt
 from ip2p.cli import load_settings
@@ -168,7 +168,7 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
 
 def engine_config(recipe: Recipe) -> vLLMEngineProcessorConfig:
     """vLLM's engines in Ray Data: on GPUs where the recipe and the cluster have them, else on the CPU."""
-    settings, on_cpu = recipe.instructions, not uses_gpu(recipe)
+    settings, on_cpu = recipe.instructions, not uses_gpu(recipe.device)
     engine: dict[str, Any] = {
         "dtype": recipe.models.llm.dtype,
         "revision": recipe.models.llm.revision,
@@ -194,14 +194,6 @@ def engine_config(recipe: Recipe) -> vLLMEngineProcessorConfig:
         should_continue_on_error=True,
         log_engine_metrics=False,
     )
-
-
-def uses_gpu(recipe: Recipe) -> bool:
-    """Whether this recipe's engines ask Ray for GPUs."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if recipe.device == "cuda" and not gpus:
-        raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
-    return recipe.device != "cpu" and gpus > 0
 
 
 def ask(row: dict[str, Any], settings: Instructions, run_seed: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
-from cluster.connect import connect
+from cluster.connect import connect, uses_gpu
 from ip2p.cli import load_settings
 from ip2p.evaluate.editors import available
 from ip2p.evaluate.pair_truth import PairTruth, sample_captions
@@ -149,7 +149,7 @@ def chain(
                 batch_size=rows_per_task,
                 compute=ActorPoolStrategy(size=recipe.evaluate.replicas),
                 num_cpus=ACTOR_CPUS,
-                num_gpus=1 if uses_gpu(recipe) else 0,
+                num_gpus=1 if uses_gpu(recipe.device) else 0,
             )
             .write_parquet(
                 workspace.path("evaluation", sink), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
@@ -157,14 +157,6 @@ def chain(
         )
     finally:
         context.checkpoint_config = None  # it is the whole process's, and other stages have other ids
-
-
-def uses_gpu(recipe: Recipe) -> bool:
-    """Whether this recipe's actors ask Ray for GPUs."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if recipe.device == "cuda" and not gpus:
-        raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
-    return recipe.device != "cpu" and gpus > 0
 
 
 def main(argv: list[str] | None = None) -> None:

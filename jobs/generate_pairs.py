@@ -13,7 +13,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
-from cluster.connect import connect
+from cluster.connect import connect, uses_gpu
 from ip2p.cli import load_settings
 from ip2p.pairs.funnel import COLUMNS, funnel, show
 from ip2p.pairs.generate import PairGenerator
@@ -92,12 +92,7 @@ def generator_resources(recipe: Recipe) -> dict[str, Any]:
     No CPU is reserved: in a resumed run the checkpoint's filter holds one to the end, and Ray's own listing and
     repartitioning tasks want a whole one. On two cores a generator that holds a third would wait for ever.
     """
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if recipe.device == "cuda" and not gpus:
-        raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
-    if recipe.device != "cpu" and gpus:
-        return {"num_gpus": 1, "num_cpus": 0}
-    return {"num_cpus": 0}
+    return {"num_gpus": 1 if uses_gpu(recipe.device) else 0, "num_cpus": 0}
 
 
 def read_pairs(workspace: Workspace) -> Iterator[pa.RecordBatch]:

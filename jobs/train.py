@@ -21,7 +21,7 @@ from ray.data import ActorPoolStrategy, SaveMode
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
-from cluster.connect import connect
+from cluster.connect import connect, uses_gpu
 from ip2p.cli import load_settings
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
@@ -74,14 +74,6 @@ def load_base(recipe: Recipe, device: str) -> TextToImage:
     return model
 
 
-def uses_gpu(recipe: Recipe) -> bool:
-    """Whether stages of this recipe ask Ray for GPUs."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if recipe.device == "cuda" and not gpus:
-        raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
-    return recipe.device != "cpu" and gpus > 0
-
-
 def encode(recipe: Recipe, workspace: Workspace) -> None:
     """dataset/{train,validation} -> latents/, unless that was done from the same pairs by the same model."""
     folders = [split for split in SPLITS if parquet_files(workspace, split)]
@@ -103,7 +95,7 @@ def encode(recipe: Recipe, workspace: Workspace) -> None:
             batch_format="pyarrow",
             batch_size=ROWS_PER_ENCODING_BATCH,
             compute=ActorPoolStrategy(size=recipe.train.encode_replicas),
-            num_gpus=1 if uses_gpu(recipe) else 0,
+            num_gpus=1 if uses_gpu(recipe.device) else 0,
         )
         .write_parquet(workspace.path("latents"), filesystem=workspace.fs, mode=SaveMode.OVERWRITE)
     )
@@ -134,7 +126,7 @@ def short_digest(value: Any) -> str:
 
 def fit(recipe: Recipe, workspace: Workspace) -> ray.train.Checkpoint:
     """Run the training loop on Ray Train; returns its last checkpoint."""
-    gpu = uses_gpu(recipe)
+    gpu = uses_gpu(recipe.device)
     cpus = (
         1 if gpu else cpus_per_worker(recipe.train.workers, [node["Resources"].get("CPU", 0) for node in ray.nodes()])
     )

@@ -1,7 +1,7 @@
 """The miniature world: one to three coloured shapes on a 2x2 grid, a background, and a global look.
 
-A scene is exactly what its caption says: there is no hidden geometry. That makes text and pixels equivalent, so a small
-model can learn the world in minutes and the oracle can check every image against the truth.
+A scene is exactly what a whole caption says: there is no hidden geometry. That makes text and pixels equivalent, so a
+small model can learn the world in minutes and the oracle can check every image against the truth.
 """
 
 import hashlib

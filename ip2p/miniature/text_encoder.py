@@ -7,7 +7,7 @@ stays frozen afterwards, as Stable Diffusion's does: text-to-image reads caption
 """
 
 # transformers annotates less than it takes and gives.
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import random
 from collections import defaultdict
