@@ -39,7 +39,7 @@ class Steps(BaseModel):
 
     autoencoder: int = 1300
     text_encoder: int = 1500
-    text_to_image: int = 5000
+    text_to_image: int = 8000
     clip: int = 1000
     language_model: int = language_model.STEPS
     editor: int = 12000

@@ -18,7 +18,6 @@ from ip2p.miniature.scene import (
     COLOURS,
     LOOKS,
     MAX_THINGS,
-    PLACES,
     SHAPES,
     SIZES,
     Scene,
@@ -519,8 +518,9 @@ def draw_triplet(
         edited = apply_edit(edit, scene)
         if held_out is None or (is_held_out(scene) if held_out else not (is_held_out(scene) or is_held_out(edited))):
             break
-    unsaid = draw_unsaid(rng)
-    if kind in PLACED_KINDS or len({replace(thing, place=PLACES[0]) for thing in scene.things}) < len(scene.things):
+    # People seldom say where things are; but three things with free places are more than the miniature can draw well.
+    unsaid = draw_unsaid(rng, places=0.8)
+    if kind in PLACED_KINDS or len(scene.things) > 2 or (alike(scene) and len(scene.things) > 1):
         unsaid -= {"places"}
     style = rng.getrandbits(32)
     return Triplet(

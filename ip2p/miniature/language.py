@@ -311,9 +311,10 @@ UNSAID = ("places", "background")
 ALL_SAID: frozenset[str] = frozenset()
 
 
-def draw_unsaid(rng: random.Random) -> frozenset[str]:
-    """Draw what a caption leaves unsaid: of UNSAID each in half of the captions."""
-    return frozenset(what for what in UNSAID if rng.random() < 0.5)
+def draw_unsaid(rng: random.Random, places: float = 0.5, background: float = 0.5) -> frozenset[str]:
+    """Draw what a caption leaves unsaid, each with its own probability."""
+    chances = {"places": places, "background": background}
+    return frozenset(what for what in UNSAID if rng.random() < chances[what])
 
 
 def describe(scene: Scene, style: int, unseen: bool = False, unsaid: frozenset[str] = ALL_SAID) -> str:

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ip2p.miniature.autoencoder import CHANNELS, SCALING_FACTOR, draw_scenes, foreground_weight, patch_code, pixels
 from ip2p.miniature.fit import Run, fit, generators, rank
-from ip2p.miniature.language import describe, vocabulary
+from ip2p.miniature.language import describe, read_caption, vocabulary
 from ip2p.miniature.oracle import attribute_accuracy
 from ip2p.miniature.text_encoder import WIDTH, draw_captions, train_text_encoder
 from ip2p.miniature.tokenizer import build_tokenizer, tokenize
@@ -58,16 +58,24 @@ def stratified_timesteps(count: int, total: int, generator: torch.Generator) -> 
 
 
 def diffusion_loss(
-    unet: UNet2DConditionModel, scheduler: DDIMScheduler, images: Tensor, states: Tensor, generator: torch.Generator
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    images: Tensor,
+    states: Tensor,
+    placed: Tensor,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Weighted v-prediction error; the weights do not move the optimum, they let the objects be learned sooner."""
+    """v-prediction error, weighted so that objects are learned sooner where their places are known: bool `placed` (B,).
+
+    Weights that depend on what the model can only guess would move the optimum: it would put a thing at every place.
+    """
     latents = patch_code(images) * SCALING_FACTOR
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     timesteps = stratified_timesteps(len(latents), 1000, generator).to(latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
     predicted = unet(noisy, timesteps, encoder_hidden_states=states).sample
-    weight = F.max_pool2d(foreground_weight(images), 4)
+    weight = torch.where(placed[:, None, None, None], F.max_pool2d(foreground_weight(images), 4), 1.0)
     return (weight * (predicted - velocity) ** 2).mean()
 
 
@@ -91,7 +99,8 @@ def train_text_to_image(
         scenes = draw_scenes(rng, batch_size)
         captions = ["" if rng.random() < DROP_TEXT else caption for caption in draw_captions(rng, scenes)]
         states = text_encoder(tokenize(tokenizer, captions).to(run.device)).last_hidden_state
-        return diffusion_loss(unet, scheduler, pixels(scenes).to(run.device), states, generator)
+        placed = torch.tensor([caption != "" and "places" not in read_caption(caption).unsaid for caption in captions])
+        return diffusion_loss(unet, scheduler, pixels(scenes).to(run.device), states, placed.to(run.device), generator)
 
     trained = fit(
         unet,
