@@ -40,9 +40,9 @@ class Steps(BaseModel):
     autoencoder: int = 1300
     text_encoder: int = 1500
     text_to_image: int = 8000
-    clip: int = 1000
+    clip: int = 1600
     language_model: int = language_model.STEPS
-    editor: int = 12000
+    editor: int = 11000
 
 
 class Settings(BaseSettings):

@@ -519,7 +519,7 @@ def draw_triplet(
         if held_out is None or (is_held_out(scene) if held_out else not (is_held_out(scene) or is_held_out(edited))):
             break
     # People seldom say where things are; but three things with free places are more than the miniature can draw well.
-    unsaid = draw_unsaid(rng, places=0.8)
+    unsaid = draw_unsaid(rng, places=0.8, background=0.2)
     if kind in PLACED_KINDS or len(scene.things) > 2 or (alike(scene) and len(scene.things) > 1):
         unsaid -= {"places"}
     style = rng.getrandbits(32)

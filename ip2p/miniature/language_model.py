@@ -31,7 +31,7 @@ from ip2p.miniature.language import read_caption, vocabulary
 from ip2p.miniature.language_model_data import Texts, draw_rows
 
 CONTEXT_LENGTH = 256
-STEPS = 24_000
+STEPS = 21_000
 SHALLOW_LAYERS, LAYERS, DEEPEN_AT = 4, 6, 7400
 EDITED_WEIGHT = 4
 WARMUP_STEPS = 50
