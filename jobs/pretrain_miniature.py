@@ -22,6 +22,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from rich.console import Console
 from rich.table import Table
+from transformers import CLIPTokenizer
 
 from cluster.connect import connect
 from ip2p.miniature import autoencoder, clip, editor, language_model, text_to_image
@@ -134,7 +135,7 @@ def measure_all(settings: Settings) -> dict[str, dict[str, float]]:
         "autoencoder": autoencoder.measure_autoencoder(pipeline.vae, count, settings.device),
         "text-to-image": text_to_image.measure_text_to_image(pipeline, count),
         "text-to-image, unseen wordings": text_to_image.measure_text_to_image(pipeline, count, unseen=True),
-        "CLIP": clip.measure_clip(contrastive.model, pipeline.tokenizer, settings.device),
+        "CLIP": clip.measure_clip(contrastive.model, CLIPTokenizer.from_pretrained(out / "clip"), settings.device),
         "language model": language_model.measure(out / "language_model", count),
         "language model, unseen wordings": language_model.measure(out / "language_model", count, unseen=True),
         "editor, unseen wordings": editor.measure_editor(shipped, count),

@@ -32,8 +32,8 @@ def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     # The alphabet holds bytes inside a word; given as one-letter words, they are learned as ends of a word too.
     learner.train_from_iterator([*sorted(words), *bytes_], trainer)
     learned = json.loads(learner.to_str())["model"]
-    tokens = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
-    vocabulary = {token: index for index, token in enumerate([*tokens, _START, _END])}
+    # By name: the order in which the library learns tokens of equal frequency differs from run to run.
+    vocabulary = {token: index for index, token in enumerate([*sorted(learned["vocab"]), _START, _END])}
     merges = [tuple(pair) for pair in learned["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT_LENGTH)
 
