@@ -40,10 +40,10 @@ class Steps(BaseModel):
 
     autoencoder: int = 1300
     text_encoder: int = 1500
-    text_to_image: int = 8000
+    text_to_image: int = 9000
     clip: int = 1600
     language_model: int = language_model.STEPS
-    editor: int = 11000
+    editor: int = 12200
 
 
 class Settings(BaseSettings):

@@ -250,11 +250,12 @@ def measure(
     seed: int = 0,
     *,
     temperature: float = 0.7,
+    top_p: float = 0.9,
     unseen: bool = False,
     device: str = "cpu",
     batch_size: int = 50,
 ) -> dict[str, float]:
-    """Let the model edit `count` captions of held-out scenes, sampled freely (no grammar forces the JSON).
+    """Let the model edit `count` captions of held-out scenes, sampled freely as the recipes do (no grammar).
 
     Returns `valid` (parsed, changed), `consistent` (the instruction turns the caption's scene into the edited one's, of
     all outputs), and per kind of edit that the model chose: `consistent.<kind>` (of its valid ones) and `share.<kind>`.
@@ -270,7 +271,7 @@ def measure(
     for first in range(0, count, batch_size):
         prompts = [tuned_prompt(caption) for caption in captions[first : first + batch_size]]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         ids = model.generate(**inputs, max_new_tokens=128, **sampling)
         texts += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return _rates(captions, texts)

@@ -150,8 +150,8 @@ def test_every_caption_has_one_row_and_a_second_run_adds_none(tmp_path, local_ra
     assert all(row["caption_id"] == caption_id(caption) for caption, row in rows.items())
     ok = [rows[caption] for caption in good if rows[caption]["status"] == "ok"]
     right = [row for row in ok if not consistent(row["original_prompt"], row["edit_prompt"], row["edited_prompt"])]
-    # How good the shipped model is, `test_language_model` says; that prompt and model fit shows in half of two dozen.
-    assert len(right) >= 12
+    # How good the shipped model is, `test_language_model` says; this is that prompt and model fit.
+    assert len(right) >= 18
     assert workspace.done("instructions")
     counts = workspace.counts("instructions")
     assert counts["captions"] == 28

@@ -138,6 +138,6 @@ def test_rates_count_what_is_valid_and_what_is_true():
 
 @pytest.mark.skipif(not SHIPPED.exists(), reason="weights not trained yet")
 def test_the_shipped_model_writes_consistent_edits():
-    rates = language_model.measure(SHIPPED, 60, seed=1, temperature=0.4)
+    rates = language_model.measure(SHIPPED, 60, seed=1)
     assert rates["valid"] >= 0.95
-    assert rates["consistent"] >= 0.75
+    assert rates["consistent"] >= 0.88
