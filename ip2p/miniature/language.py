@@ -381,7 +381,8 @@ class _ThingsReader:
         self._start()
 
     def _start(self) -> None:
-        self.number, self.values, self.row, self.places = 1, {}, "", []
+        self.number, self.values, self.row = 1, {}, ""
+        self.places: list[str] = []
 
     def begin_group(self, number: int) -> None:
         self.check_finished()
