@@ -95,6 +95,9 @@ class GrammarCaptions(Section):
     kinds: list[str] | None = Field(
         default=None, description="edit kinds the scenes must allow; default: all, balanced"
     )
+    say_places: bool = Field(
+        default=True, description="false: no caption says where things are; attention sharing must"
+    )
 
 
 class FileCaptions(Section):

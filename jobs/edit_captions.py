@@ -22,7 +22,7 @@ from cluster.connect import connect, uses_gpu
 from ip2p.captions.parse import parse, refuse
 from ip2p.captions.prompt import SCHEMA, few_shot_messages, tuned_prompt
 from ip2p.cli import load_settings
-from ip2p.miniature.edits import EDIT_KINDS, draw_triplet
+from ip2p.miniature.edits import EDIT_KINDS, PLACED_KINDS, draw_triplet
 from ip2p.recipe import FileCaptions, GrammarCaptions, Instructions, Recipe, locate
 from ip2p.records import CAPTIONS, INSTRUCTIONS, caption_id, digest
 from ip2p.workspace import Workspace
@@ -95,18 +95,21 @@ def _write_part(workspace: Workspace, part: int, rows: list[dict[str, str]]) -> 
 def grammar_captions(captions: GrammarCaptions, seed: int) -> Iterator[str]:
     """Captions of miniature scenes, all different; every kind of edit is possible in an equal part of them.
 
-    Many leave places or background unsaid. Scenes that are held out for evaluation are left out.
+    Many leave places or background unsaid. Scenes that are held out for evaluation are left out. Raises ValueError when
+    a kind needs places that no caption may say.
     """
     kinds = captions.kinds or EDIT_KINDS
+    if not captions.say_places and (placed := [kind for kind in kinds if kind in PLACED_KINDS]):
+        raise ValueError(f"captions.say_places: false, but {', '.join(placed)} of captions.kinds needs to know places")
     seen: set[str] = set()
     attempt = 0
     while len(seen) < captions.count:
         kind = kinds[len(seen) % len(kinds)]
-        caption = draw_triplet(random.Random(digest("grammar", seed, attempt)), kind, held_out=False).caption
+        drawn = draw_triplet(random.Random(digest("grammar", seed, attempt)), kind, held_out=False)
         attempt += 1
-        if caption not in seen:
-            seen.add(caption)
-            yield caption
+        if drawn.caption not in seen and (captions.say_places or "places" in drawn.unsaid):
+            seen.add(drawn.caption)
+            yield drawn.caption
 
 
 def file_captions(captions: FileCaptions) -> Iterator[str]:

@@ -73,6 +73,14 @@ def test_only_the_kinds_that_are_asked_for():
         assert "count" in possible_kinds(described.scene, described.unsaid)
 
 
+def test_places_may_stay_unsaid():
+    unplaced = GrammarCaptions(count=30, kinds=["recolour", "look"], say_places=False)
+    for described in map(read_caption, edit_captions.grammar_captions(unplaced, 0)):
+        assert "places" in described.unsaid
+    with pytest.raises(ValueError, match=r"captions.say_places: false, but add, move, swap, count of captions.kinds"):
+        list(edit_captions.grammar_captions(GrammarCaptions(say_places=False), 0))
+
+
 def test_each_caption_is_kept_once_and_a_limit_holds(tmp_path):
     source = write_captions(tmp_path / "in" / "a.parquet", ["a dog", "a cat", "a dog", None, ""])
     workspace = Workspace(tmp_path / "run")
