@@ -127,8 +127,8 @@ def test_all_problems_of_a_file_are_told_at_once(recipe, capsys):
     Path(recipe).write_text(yaml.dump(wrong))
     assert refused(capsys, "--recipe", recipe, needs=()) == [
         "name: missing",
-        "captions.n: there is no such key; there are captions.kind, captions.count, captions.kinds, captions.path, "
-        "captions.column, captions.limit",
+        "captions.n: there is no such key; there are captions.kind, captions.count, captions.kinds, "
+        "captions.say_places, captions.path, captions.column, captions.limit",
         'pairs.steps: Input should be a valid integer, unable to parse string as an integer, not "x"',
         "pairs.candidatez: there is no such key; did you mean pairs.candidates?",
         "evaluat: there is no such key; did you mean evaluate?",
