@@ -11,7 +11,7 @@ from ip2p.clip_similarity import ClipSimilarity, similarities
 from ip2p.edit.editor import Editor, EditRequest
 from ip2p.evaluate.editors import load_editor
 from ip2p.evaluate.sdedit import SDEdit, SDEditRequest
-from ip2p.evaluate.sweep import METRICS, SDEDITS, UNCHANGED
+from ip2p.evaluate.sweep import METRICS, SDEDIT, SDEDITS, UNCHANGED
 from ip2p.evaluate.truth import judge
 from ip2p.models import load_clip, load_text_to_image
 from ip2p.recipe import Recipe
@@ -68,7 +68,11 @@ class EditScorer:
             return editor.edit(
                 [
                     SDEditRequest(
-                        case["image"], case["edited_prompt"], row["strength"], row["guidance_scale"], row["seed"]
+                        case["image"],
+                        case["edited_prompt"] if model == SDEDIT else row["instruction"],
+                        row["strength"],
+                        row["guidance_scale"],
+                        row["seed"],
                     )
                     for row, case in zip(rows, cases, strict=True)
                 ]

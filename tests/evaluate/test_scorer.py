@@ -8,7 +8,7 @@ from ip2p.clip_similarity import ClipSimilarity, similarities
 from ip2p.evaluate.pair_truth import PAIR_TRUTH, PairTruth, sample_captions
 from ip2p.evaluate.scorer import EditScorer
 from ip2p.evaluate.sdedit import SDEdit, SDEditRequest
-from ip2p.evaluate.sweep import METRICS, SDEDIT, SHIPPED, UNCHANGED, plan_edits
+from ip2p.evaluate.sweep import METRICS, SDEDIT, SDEDITS, SHIPPED, UNCHANGED, plan_edits
 from ip2p.evaluate.truth import rendered_cases
 from ip2p.images import decode
 from ip2p.models import load_clip, load_text_to_image
@@ -88,6 +88,13 @@ def test_an_edit_does_not_depend_on_its_batch(recipe, scored, tmp_path):
         again = scorer(some.select(plan_edits(recipe, test, [SHIPPED]).column_names))
         before, after = (decode(table["image"][0].as_py()).astype(int) for table in (some, again))
         assert np.abs(before - after).max() <= 1
+
+
+def test_sdedit_is_told_the_edited_caption_or_the_instruction(scored):
+    _, metrics = scored
+    told = [metrics.filter(pc.equal(metrics["model"], model))["image"].to_pylist() for model in SDEDITS]
+    assert len(told[0]) == len(told[1]) > 0
+    assert all(caption != instruction for caption, instruction in zip(*told, strict=True))
 
 
 def test_sdedit_keeps_more_of_the_image_at_less_strength(recipe, scored):
