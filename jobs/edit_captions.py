@@ -22,7 +22,8 @@ from cluster.connect import connect, uses_gpu
 from ip2p.captions.parse import parse, refuse
 from ip2p.captions.prompt import SCHEMA, few_shot_messages, tuned_prompt
 from ip2p.cli import load_settings
-from ip2p.miniature.edits import EDIT_KINDS, PLACED_KINDS, draw_triplet
+from ip2p.miniature.edits import EDIT_KINDS, PLACED_KINDS
+from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import FileCaptions, GrammarCaptions, Instructions, Recipe, locate
 from ip2p.records import CAPTIONS, INSTRUCTIONS, caption_id, digest
 from ip2p.workspace import Workspace

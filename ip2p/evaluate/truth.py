@@ -11,10 +11,12 @@ import pyarrow as pa
 
 from ip2p import images
 from ip2p.evaluate.sweep import TEST
-from ip2p.miniature.edits import EDIT_KINDS, draw_triplet, parse_instruction
+from ip2p.miniature.edits import EDIT_KINDS
+from ip2p.miniature.instructions import parse_instruction
 from ip2p.miniature.language import read_caption
 from ip2p.miniature.oracle import Judgement, judge_images
 from ip2p.miniature.render import render
+from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import Recipe
 from ip2p.records import caption_id, digest
 from ip2p.workspace import Workspace

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ip2p.miniature.autoencoder import SCALING_FACTOR, foreground_weight, patch_code, pixels
-from ip2p.miniature.edits import EDIT_KINDS, draw_triplet
+from ip2p.miniature.edits import EDIT_KINDS
 from ip2p.miniature.fit import Run, fit, generators, rank
 from ip2p.miniature.oracle import Judgement, judge_images
 from ip2p.miniature.render import render_batch
 from ip2p.miniature.text_to_image import stratified_timesteps
 from ip2p.miniature.tokenizer import tokenize
+from ip2p.miniature.triplets import draw_triplet
 from ip2p.train.dropout import dropout_masks
 from ip2p.train.unet import widen_conv_in
 

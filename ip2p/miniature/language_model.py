@@ -26,9 +26,10 @@ from transformers import (
 
 from ip2p.captions.parse import parse
 from ip2p.captions.prompt import answer, tuned_prompt
-from ip2p.miniature.edits import consistent, draw_triplet, parse_instruction
+from ip2p.miniature.instructions import parse_instruction
 from ip2p.miniature.language import read_caption, vocabulary
 from ip2p.miniature.language_model_data import Texts, draw_rows
+from ip2p.miniature.triplets import consistent, draw_triplet
 
 CONTEXT_LENGTH = 256
 STEPS = 21_000

@@ -4,8 +4,9 @@ import random
 import re
 from functools import lru_cache
 
-from ip2p.miniature.edits import draw_triplet, phrase
+from ip2p.miniature.instructions import phrase
 from ip2p.miniature.language import MEANINGS, article, split_words
+from ip2p.miniature.triplets import draw_triplet
 
 BATCH_SIZE = 32
 COPY_STEPS = 300

@@ -11,7 +11,8 @@ from functools import cache
 
 import numpy as np
 
-from ip2p.miniature.edits import Edit, apply_edit, parse_instruction
+from ip2p.miniature.edits import Edit, apply_edit
+from ip2p.miniature.instructions import parse_instruction
 from ip2p.miniature.render import CELL, IMAGE_SIZE, cell_templates, decode_cell, decode_setting
 from ip2p.miniature.scene import MAX_THINGS, PLACES, Scene, attributes
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ip2p.miniature.autoencoder import draw_scenes
-from ip2p.miniature.edits import draw_triplet, read_slots
 from ip2p.miniature.fit import Run, fit, generators
+from ip2p.miniature.instructions import read_slots
 from ip2p.miniature.language import INSTRUCTIONS, Description, describe, draw_unsaid, read_caption
 from ip2p.miniature.scene import (
     BACKGROUNDS,
@@ -35,6 +35,7 @@ from ip2p.miniature.scene import (
     thing_at,
 )
 from ip2p.miniature.tokenizer import CONTEXT_LENGTH, tokenize
+from ip2p.miniature.triplets import draw_triplet
 
 WIDTH = 96
 NOT_ASKED = -100  # the answer that cross-entropy leaves out

@@ -10,8 +10,8 @@ from ip2p import images
 from ip2p.evaluate.pair_truth import PAIR_TRUTH
 from ip2p.evaluate.sweep import EDITORS, METRICS, SDEDIT, SDEDIT_INSTRUCTION, UNCHANGED, plan_edits
 from ip2p.evaluate.truth import rendered_cases
-from ip2p.miniature.edits import draw_triplet
 from ip2p.miniature.render import render
+from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import Recipe
 from ip2p.records import DATASET, INSTRUCTIONS, PAIRS, caption_id
 from ip2p.workspace import Workspace

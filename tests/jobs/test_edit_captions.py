@@ -10,9 +10,10 @@ import ray
 
 from ip2p.captions.prompt import answer
 from ip2p.miniature import language_model
-from ip2p.miniature.edits import EDIT_KINDS, consistent, possible_kinds
+from ip2p.miniature.edits import EDIT_KINDS, possible_kinds
 from ip2p.miniature.language import read_caption, vocabulary
 from ip2p.miniature.scene import held_out
+from ip2p.miniature.triplets import consistent
 from ip2p.recipe import ClipRef, FileCaptions, GrammarCaptions, Instructions, ModelRef, Models, Recipe
 from ip2p.records import INSTRUCTIONS, caption_id
 from ip2p.workspace import Workspace

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ip2p.captions.prompt import answer, tuned_prompt
 from ip2p.miniature import language_model, language_model_data
-from ip2p.miniature.edits import consistent, draw_triplet
 from ip2p.miniature.language import vocabulary
+from ip2p.miniature.triplets import consistent, draw_triplet
 
 SHIPPED = language_model.Path(language_model.__file__).parent / "weights" / "language_model"
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ip2p.miniature.edits import EDIT_KINDS, Edit, apply_edit, draw_edit, draw_scene_for, parse_instruction, phrase
+from ip2p.miniature.edits import EDIT_KINDS, Edit, apply_edit, draw_edit, draw_scene_for
+from ip2p.miniature.instructions import parse_instruction, phrase
 from ip2p.miniature.oracle import Judgement, attribute_accuracy, judge_edit, judge_images, read_scenes
 from ip2p.miniature.render import render, render_batch
 from ip2p.miniature.scene import Scene, Thing, draw_scene
