@@ -2,11 +2,7 @@ import numpy as np
 import pytest
 
 from ip2p.evaluate.calibrate import calibrate, choose, mark, quality
-from ip2p.evaluate.summary import summarize
 from ip2p.recipe import Thresholds
-from ip2p.workspace import Workspace
-from jobs import calibrate as job
-from tests.evaluate.synthetic import make_recipe, make_workspace
 
 
 def draw(count: int = 600, seed: int = 0) -> list[dict]:
@@ -50,17 +46,3 @@ def test_recall_is_kept():
 def test_without_right_and_wrong_there_is_nothing_to_choose():
     with pytest.raises(ValueError, match="600 of 600 candidates are right"):
         calibrate([row | {"success": True} for row in draw()], Thresholds(), 0.5)
-
-
-def test_the_job_reads_an_evaluated_workspace(tmp_path, capsys):
-    recipe = make_recipe()
-    with pytest.raises(ValueError, match=r"run jobs\.evaluate first"):
-        job.run(recipe, Workspace(tmp_path / "empty"), 0.5)
-    workspace = make_workspace(tmp_path / "run", recipe)
-    found = job.run(recipe, workspace, 0.5)
-    assert "thresholds: {image: " in capsys.readouterr().out
-    truth = summarize(recipe, workspace).pair_truth
-    assert truth is not None
-    assert found.unfiltered.precision.mean == pytest.approx(truth.rates["shared attention"].mean)
-    with pytest.raises(ValueError, match="truth: none"):
-        job.run(recipe.model_copy(update={"truth": "none"}), workspace, 0.5)

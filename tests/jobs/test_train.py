@@ -110,3 +110,10 @@ def test_no_pairs_is_told_before_anything_starts(recipe, tmp_path, local_ray):
 )
 def test_every_worker_fits_on_a_node(workers, node_cpus, expected):
     assert train.cpus_per_worker(workers, node_cpus) == expected
+
+
+def test_workers_share_the_threads_that_the_machine_has(monkeypatch):
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 8)
+    assert train.threads_per_worker(cpus=4, workers_here=1) == 4, "no more than Ray gave it"
+    assert train.threads_per_worker(cpus=4, workers_here=4) == 2, "where Ray counts more CPUs than there are"
+    assert train.threads_per_worker(cpus=1, workers_here=16) == 1

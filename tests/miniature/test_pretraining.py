@@ -50,6 +50,32 @@ def test_patch_code_keeps_what_the_oracle_reads():
     assert attribute_accuracy(scenes, rgb)["exact"] == 1
 
 
+def test_things_weigh_more_only_where_the_caption_says_their_places():
+    """A weight on what must be guessed would move the optimum: a thing at every place."""
+    torch.manual_seed(0)
+    unet, scheduler = text_to_image.new_unet(), text_to_image.new_scheduler()
+    images = autoencoder.pixels(autoencoder.draw_scenes(random.Random(6), 8))
+    states = torch.randn(8, CONTEXT_LENGTH, unet.config["cross_attention_dim"])
+
+    # The same draws as in the loss, in its order.
+    generator = torch.Generator().manual_seed(0)
+    latents = autoencoder.patch_code(images) * autoencoder.SCALING_FACTOR
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = text_to_image.stratified_timesteps(8, 1000, generator)
+    with torch.no_grad():
+        predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
+    errors = ((predicted - scheduler.get_velocity(latents, noise, timesteps)) ** 2).flatten(1).mean(1)
+
+    placed = torch.tensor([True, False] * 4)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        loss = text_to_image.diffusion_loss(unet, scheduler, images, states, placed, generator)
+        generator = torch.Generator().manual_seed(0)
+        unplaced = text_to_image.diffusion_loss(unet, scheduler, images, states, placed & False, generator)
+    assert unplaced.item() == pytest.approx(errors.mean().item())
+    assert loss.item() > 1.02 * unplaced.item(), "objects, a minority of the pixels, count four times the background"
+
+
 def test_held_out_scenes_stay_out():
     rng = random.Random(0)
     trained_on = set(autoencoder.draw_scenes(rng, 2000))
