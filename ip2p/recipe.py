@@ -169,10 +169,22 @@ class Thresholds(Section):
         return self
 
 
+class Adaptive(Section):
+    """Draw candidates in rounds; stop when max_pairs are accepted, or when the caption pair will hardly yield more."""
+
+    round: Positive = Field(default=2, description="candidates drawn at a time for a caption pair")
+    give_up_below: Fraction = Field(
+        default=0.1, description="acceptance rate to be expected of further candidates below which they are not drawn"
+    )
+
+
 class Pairs(Section):
     """Stage 2: Stable Diffusion with Prompt-to-Prompt draws candidate pairs; CLIP keeps the good ones."""
 
-    candidates: Positive = Field(default=100, description="candidates drawn for each caption pair")
+    candidates: Positive = Field(default=100, description="candidates drawn for each caption pair, or at most")
+    adaptive: Adaptive | None = Field(
+        default=None, description="draw no more candidates than are needed; null: always all, the paper's protocol"
+    )
     max_pairs: Positive = Field(
         default=4, description="accepted pairs kept for each caption pair, best direction first"
     )

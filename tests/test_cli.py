@@ -170,7 +170,7 @@ def test_help_teaches(recipe, capsys):
     assert "Reads instructions/ and writes pairs/." in text
     assert "--recipe recipes/miniature.yaml --workspace workspace" in text
     assert "--instruction str what to change (required)" in text
-    assert "--pairs.candidates int candidates drawn for each caption pair (default: 100)" in text
+    assert "--pairs.candidates int candidates drawn for each caption pair, or at most (default: 100)" in text
 
 
 def test_settings_come_without_the_weight_of_torch_and_ray():

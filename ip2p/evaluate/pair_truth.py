@@ -58,7 +58,9 @@ class PairTruth:
         self.recipe = recipe
         count = recipe.evaluate.pair_candidates
         # All candidates are kept, with their images; the recipe's own thresholds give the verdicts afterwards.
-        drawn = recipe.pairs.model_copy(update={"candidates": count, "max_pairs": count, "thresholds": EVERYTHING})
+        drawn = recipe.pairs.model_copy(
+            update={"candidates": count, "max_pairs": count, "thresholds": EVERYTHING, "adaptive": None}
+        )
         self.shared = PairGenerator(recipe.model_copy(update={"pairs": drawn}))
         self.plain = copy.copy(self.shared)
         self.plain.settings = drawn.model_copy(update={"sharing": NO_SHARING})

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from ip2p.diffusion.guidance import text_weights
 from ip2p.diffusion.schedule import NoiseSchedule
 from ip2p.images import encode, to_uint8
 from ip2p.models import load_clip, load_text_to_image, resolve_device
+from ip2p.pairs.adaptive import next_round
 from ip2p.pairs.candidates import Candidate, draw_candidate
 from ip2p.pairs.filter import ACCEPTED, NOT_FINITE, SURPLUS, best, tally, verdict
 from ip2p.recipe import Recipe
@@ -35,6 +37,7 @@ class _Row:
     conditionings: tuple[list[Conditioning], list[Conditioning]]  # (no text, text), before and after
     alignment: Tensor
     clip_texts: Tensor  # (2, D)
+    drawn: int = 0
     scores: dict[int, dict[str, Any]] = field(default_factory=dict)
     images: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     unet_samples: int = 0
@@ -102,15 +105,21 @@ class PairGenerator:
         started = time.perf_counter()
         works = self._prepare(rows)
         engine = Engine(self.model.unet, self.schedule, 2 * self.settings.batch_size)
+        waiting = deque((work, k) for work in works for k in self._next_round(work))
         underway: dict[int, _Draw] = {}
         ready: list[_Draw] = []
-        for finished in engine.stream(self._groups(works, underway)):
-            ready += [underway.pop(id(t)) for t in finished if t.link is not None]
-            while len(ready) >= self.settings.batch_size:
-                self._judge(ready[: self.settings.batch_size])
-                del ready[: self.settings.batch_size]
-        if ready:
-            self._judge(ready)
+        while waiting or underway or ready:
+            while waiting and len(engine) < engine.batch_size:
+                draw = self._start(*waiting.popleft())
+                underway[id(draw.edited)] = draw
+                engine.add(draw.source, draw.edited)
+            ready += [underway.pop(id(t)) for t in engine.step() if t.link is not None]
+            # What is judged may call for more, so it does not wait while the engine has room.
+            if len(ready) >= self.settings.batch_size or not waiting:
+                self._judge(ready)
+                for work in dict.fromkeys(draw.work for draw in ready):
+                    waiting.extend((work, k) for k in self._next_round(work))
+                ready = []
         seconds = time.perf_counter() - started
         return [self._result(work, seconds * work.unet_samples / engine.unet_samples) for work in works]
 
@@ -132,18 +141,19 @@ class PairGenerator:
             works.append(_Row(row, conditionings, torch.tensor(alignment), clip_pair))
         return works
 
-    def _groups(self, works: list[_Row], underway: dict[int, _Draw]) -> Iterator[tuple[Trajectory, Trajectory]]:
-        """Candidates as linked trajectories, drawn when the engine has room; noted in `underway`."""
-        for work in works:
-            for k in range(self.settings.candidates):
-                candidate = draw_candidate(self.settings, self.recipe.seed, work.row["caption_id"], k)
-                draw = self._start(work, k, candidate)
-                underway[id(draw.edited)] = draw
-                yield draw.source, draw.edited
+    def _next_round(self, work: _Row) -> range:
+        """Candidates to draw now: none while some are underway, so that a round depends on its own caption alone."""
+        if len(work.scores) < work.drawn:
+            return range(0)
+        accepted = sum(scores["verdict"] == ACCEPTED for scores in work.scores.values())
+        first, work.drawn = work.drawn, work.drawn + next_round(self.settings, work.drawn, accepted)
+        return range(first, work.drawn)
 
-    def _start(self, work: _Row, k: int, candidate: Candidate) -> _Draw:
-        """Source and edited image begin with the same noise."""
-        settings, p = self.settings, candidate.shared_attention_fraction
+    def _start(self, work: _Row, k: int) -> _Draw:
+        """Candidate `k` as linked trajectories: source and edited image begin with the same noise."""
+        settings = self.settings
+        candidate = draw_candidate(settings, self.recipe.seed, work.row["caption_id"], k)
+        p = candidate.shared_attention_fraction
         generator = candidate.generator()
         noise = torch.randn(self.shape, generator=generator)
         source, edited = (
@@ -163,6 +173,8 @@ class PairGenerator:
 
     def _judge(self, draws: list[_Draw]) -> None:
         """Decode and score finished candidates; keep the images of the best."""
+        if not draws:
+            return
         latents = torch.stack([t.latents for draw in draws for t in (draw.source, draw.edited)])
         finite = latents.isfinite().flatten(1).all(dim=1).view(-1, 2).all(dim=1).tolist()
         images = to_uint8(self.model.decode_latents(latents))

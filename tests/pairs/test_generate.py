@@ -5,7 +5,7 @@ import torch
 from ip2p import images
 from ip2p.pairs.candidates import draw_candidate
 from ip2p.pairs.generate import PairGenerator
-from ip2p.recipe import Recipe, Thresholds
+from ip2p.recipe import Adaptive, Recipe, Thresholds
 from ip2p.records import INSTRUCTIONS, PAIRS
 
 ROWS = [
@@ -81,6 +81,25 @@ def test_nothing_accepted_is_rejected_with_counts(generator):
     [row] = strict(batch(ROWS[:1])).to_pylist()
     assert (row["status"], row["reason"], row["pairs"]) == ("rejected", "direction < 1: 3", [])
     assert len(row["candidates"]) == 3
+
+
+def test_adaptive_draws_the_first_of_the_same_candidates_until_there_are_enough(table, generator):
+    """Everything is accepted here: two pairs of two candidates, not of three."""
+    adaptive = with_pairs(generator, adaptive=Adaptive(round=1))
+    rows = adaptive(batch(ROWS)).to_pylist()
+    for row, fixed in zip(rows, table.to_pylist()):
+        assert [c["seed"] for c in row["candidates"]] == [c["seed"] for c in fixed["candidates"]][:2]
+        assert row["unet_samples"] == 8 * len(row["candidates"])
+        assert len(row["pairs"]) == len(row["candidates"])
+    [alone] = with_pairs(adaptive, batch_size=1)(batch(ROWS[2:3])).to_pylist()
+    assert [c["seed"] for c in alone["candidates"]] == [c["seed"] for c in rows[2]["candidates"]]
+
+
+def test_adaptive_gives_a_hopeless_caption_up(generator):
+    strict = Thresholds(image=-1, direction=1, agreement=-1)
+    hopeless = with_pairs(generator, thresholds=strict, adaptive=Adaptive(round=1, give_up_below=0.4))
+    [row] = hopeless(batch(ROWS[:1])).to_pylist()
+    assert (row["status"], row["reason"]) == ("rejected", "direction < 1: 1")
 
 
 def test_a_batch_without_work_passes_through(generator):
