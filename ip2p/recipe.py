@@ -169,6 +169,21 @@ class Thresholds(Section):
         return self
 
 
+class Quality(Section):
+    """Accept by the chance that a pair is right, sigmoid(intercept + weights . similarities), instead of by direction.
+
+    Which similarities tell right from wrong, and how well, belongs to a CLIP model: `python -m jobs.calibrate` finds
+    the weights where truth is known. Pairs are ranked by it too. The thresholds apply beside it.
+    """
+
+    intercept: float = Field(description="of the logistic regression")
+    image: float = Field(description="weight of cos(I0, I1)")
+    direction: float = Field(description="weight of cos(I1 - I0, T1 - T0)")
+    agreement_before: float = Field(description="weight of cos(I0, T0)")
+    agreement_after: float = Field(description="weight of cos(I1, T1)")
+    at_least: Fraction = Field(description="the chance from which on a pair is accepted")
+
+
 class Adaptive(Section):
     """Draw candidates in rounds; stop when max_pairs are accepted, or when the caption pair will hardly yield more."""
 
@@ -185,15 +200,16 @@ class Pairs(Section):
     adaptive: Adaptive | None = Field(
         default=None, description="draw no more candidates than are needed; null: always all, the paper's protocol"
     )
-    max_pairs: Positive = Field(
-        default=4, description="accepted pairs kept for each caption pair, best direction first"
-    )
+    max_pairs: Positive = Field(default=4, description="accepted pairs kept for each caption pair, the best first")
     steps: Positive = Field(default=100, description="denoising steps")
     solver: Solver = Field(default="euler_ancestral", description="how a denoising step is taken")
     guidance_scale: Range = Field(default=(7.5, 15.0), description="drawn uniformly for each candidate")
     shared_attention_fraction: Range = Field(default=(0.1, 0.9), description="p, drawn uniformly for each candidate")
     sharing: Sharing = Sharing()
     thresholds: Thresholds = Thresholds()
+    quality: Quality | None = Field(
+        default=None, description="accept and rank by several similarities together; null: by direction, as upstream"
+    )
     height: Pixels = Field(default=512, description="of the images, in pixels")
     width: Pixels = Field(default=512, description="of the images, in pixels")
     batch_size: Positive = Field(default=4, description="candidates (pairs of trajectories) that share one UNet call")

@@ -33,6 +33,7 @@ SCORES = {
     "clip_sim_1": pa.float32(),
     "clip_sim_dir": pa.float32(),
     "clip_sim_image": pa.float32(),
+    "quality": pa.float32(),  # null where the recipe has no `pairs.quality`
     "verdict": pa.string(),
 }
 CANDIDATE = pa.struct(SCORES)
@@ -66,6 +67,7 @@ DATASET = pa.schema(
         "clip_sim_1": pa.float32(),
         "clip_sim_dir": pa.float32(),
         "clip_sim_image": pa.float32(),
+        "quality": pa.float32(),
     }
 )
 

@@ -1,6 +1,6 @@
-"""Choose the thresholds of the CLIP filter on generated pairs of which the truth is known.
+"""Choose the CLIP filter on generated pairs of which the truth is known.
 
-evaluation/pair_truth.parquet (from jobs.evaluate) -> a table and the line for the recipe. Thresholds belong to a CLIP
+evaluation/pair_truth.parquet (from jobs.evaluate) -> a table and the lines for the recipe. A filter belongs to a CLIP
 model: calibrate again for another one. More --evaluate.pair_captions in jobs.evaluate make the choice surer.
 """
 
@@ -20,7 +20,7 @@ class Flags(BaseModel):
 
 
 def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
-    """Print what the recipe's thresholds and the best ones do. Raises `ValueError` where truth is not known."""
+    """Print what the recipe's filter and the best ones do. Raises `ValueError` where truth is not known."""
     if recipe.truth != "oracle":
         raise ValueError(f"truth: {recipe.truth}: calibration needs pairs of which the truth is known (truth: oracle)")
     if not workspace.exists("evaluation", "pair_truth.parquet"):
@@ -32,20 +32,23 @@ def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
         for candidate in caption["candidates"]
         if candidate["shared"]
     ]
-    found = calibrate(candidates, recipe.pairs.thresholds, min_recall)
-    table = Table("thresholds", "accepted", "of the right ones", "right among accepted", "95% interval")
-    for name, quality in (
+    found = calibrate(candidates, recipe.pairs, min_recall)
+    table = Table("filter", "accepted", "of the right ones", "right among accepted", "95% interval")
+    for name, effect in (
         ("none", found.unfiltered),
         ("of the recipe", found.present),
-        ("chosen on other captions", found.chosen),
+        ("thresholds, chosen on other captions", found.by_thresholds),
+        ("quality, chosen on other captions", found.by_quality),
     ):
-        rate = quality.precision
+        rate = effect.precision
         interval = f"{percent(rate.low)} to {percent(rate.high)}"
-        table.add_row(name, percent(quality.accepted), percent(quality.recall), percent(rate.mean), interval)
+        table.add_row(name, percent(effect.accepted), percent(effect.recall), percent(rate.mean), interval)
     table.title = f"{len(candidates)} candidates of {len(captions)} captions, attention shared"
     Console().print(table)
+    print(f"AUC of right against wrong: {found.direction_auc:.3f} by direction, {found.quality_auc:.3f} by quality")
     t = found.thresholds
     print(f"thresholds: {{image: {t.image:g}, direction: {t.direction:g}, agreement: {t.agreement:g}}}")
+    print("quality: {" + ", ".join(f"{name}: {value:g}" for name, value in found.quality) + "}")
     return found
 
 

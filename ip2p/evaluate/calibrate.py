@@ -1,27 +1,31 @@
-"""Thresholds of the CLIP filter for one CLIP model, from generated pairs of which the truth is known.
+"""The CLIP filter for one CLIP model, from generated pairs of which the truth is known.
 
 Thresholds belong to a CLIP model: the paper's 0.75 and 0.2 are ViT-L/14's. Here they are those with the most right
-pairs among the accepted ones (precision) that still accept a given share of all right pairs (recall).
+pairs among the accepted ones (precision) that still accept a given share of all right pairs (recall). Beside them, the
+chance that a pair is right given all similarities together, by logistic regression, and a threshold on that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from ip2p.evaluate.metrics import Estimate, by_case, estimate
-from ip2p.pairs.filter import ACCEPTED, verdict
-from ip2p.recipe import Thresholds
+from ip2p.pairs.filter import ACCEPTED, quality, verdict
+from ip2p.recipe import Pairs, Quality, Thresholds
 from ip2p.records import digest
 
 STEP = 0.05  # of the thresholds tried: finer ones would fit the sample
-NOTHING = Thresholds(image=-2, image_max=2, direction=-2, agreement=-2)
+NOTHING = Pairs(thresholds=Thresholds(image=-2, image_max=2, direction=-2, agreement=-2))
+SIMILARITIES = ("clip_sim_image", "clip_sim_dir", "clip_sim_0", "clip_sim_1")  # in the order of Quality's weights
 
 
 @dataclass(frozen=True)
-class Quality:
-    """What thresholds do to candidates: the rate of right ones among the accepted, and what is accepted."""
+class Effect:
+    """What a filter does to candidates: the rate of right ones among the accepted, and what is accepted."""
 
     precision: Estimate
     accepted: float  # share of all candidates
@@ -30,50 +34,68 @@ class Quality:
 
 @dataclass(frozen=True)
 class Calibration:
+    """What was chosen, and how filters do. Chosen ones are measured on the captions that they were not chosen on."""
+
     thresholds: Thresholds
-    unfiltered: Quality
-    present: Quality  # the recipe's thresholds
-    chosen: Quality  # thresholds chosen on one half of the captions, measured on the other, both ways
+    quality: Quality
+    unfiltered: Effect
+    present: Effect  # the recipe's filter
+    by_thresholds: Effect
+    by_quality: Effect
+    direction_auc: float  # chance that of a right and a wrong candidate the right one has the higher direction
+    quality_auc: float  # or the higher quality, on other captions
 
 
-def calibrate(candidates: Sequence[dict], present: Thresholds, min_recall: float) -> Calibration:
-    """Choose thresholds for `candidates`: rows with caption_id, the clip_sim_* and `success`.
+def calibrate(candidates: Sequence[dict], present: Pairs, min_recall: float) -> Calibration:
+    """Choose a filter for `candidates`: rows with caption_id, the clip_sim_* and `success`.
 
     Raises ValueError when none or all of them are right: then there is nothing to tell apart.
     """
     right = sum(row["success"] for row in candidates)
     if right in (0, len(candidates)):
-        raise ValueError(f"{right} of {len(candidates)} candidates are right: thresholds need both kinds")
+        raise ValueError(f"{right} of {len(candidates)} candidates are right: a choice needs both kinds")
     halves: list[list[dict]] = [[], []]
     for row in candidates:
         halves[digest("calibrate", row["caption_id"]) % 2].append(row)
-    marked = mark(halves[1], choose(halves[0], min_recall)) + mark(halves[0], choose(halves[1], min_recall))
+
+    def on_others(choose: Callable[[Sequence[dict]], Pairs]) -> list[dict]:
+        return mark(halves[1], choose(halves[0])) + mark(halves[0], choose(halves[1]))
+
+    by_quality = on_others(lambda rows: _with_quality(choose_quality(rows, min_recall)))
     return Calibration(
-        thresholds=choose(candidates, min_recall),
-        unfiltered=quality(mark(candidates, NOTHING)),
-        present=quality(mark(candidates, present)),
-        chosen=quality(marked),
+        thresholds=choose_thresholds(candidates, min_recall),
+        quality=choose_quality(candidates, min_recall),
+        unfiltered=effect(mark(candidates, NOTHING)),
+        present=effect(mark(candidates, present)),
+        by_thresholds=effect(on_others(lambda rows: Pairs(thresholds=choose_thresholds(rows, min_recall)))),
+        by_quality=effect(by_quality),
+        direction_auc=_auc(candidates, "clip_sim_dir"),
+        quality_auc=_auc(by_quality, "quality"),
     )
 
 
-def mark(candidates: Sequence[dict], thresholds: Thresholds) -> list[dict]:
-    """The candidates with `accepted`."""
-    return [row | {"accepted": verdict(row, thresholds) == ACCEPTED} for row in candidates]
+def mark(candidates: Sequence[dict], settings: Pairs) -> list[dict]:
+    """The candidates with `accepted` and, where the settings have one, their `quality`."""
+    weights = settings.quality
+    return [
+        row | {"accepted": verdict(row, settings) == ACCEPTED, "quality": weights and quality(row, weights)}
+        for row in candidates
+    ]
 
 
-def quality(marked: Sequence[dict]) -> Quality:
+def effect(marked: Sequence[dict]) -> Effect:
     accepted = [row for row in marked if row["accepted"]]
     (precision,) = estimate(*by_case(accepted, "success", [True], lambda row: row["accepted"]))
     right = sum(row["success"] for row in marked)
-    return Quality(precision, len(accepted) / len(marked), sum(row["success"] for row in accepted) / right)
+    return Effect(precision, len(accepted) / len(marked), sum(row["success"] for row in accepted) / right)
 
 
-def choose(candidates: Sequence[dict], min_recall: float) -> Thresholds:
+def choose_thresholds(candidates: Sequence[dict], min_recall: float) -> Thresholds:
     """The thresholds of greatest precision with at least `min_recall`; of equals the one that accepts most."""
     success = np.array([row["success"] for row in candidates])
     scores = {name: np.array([row[f"clip_sim_{name}"] for row in candidates]) for name in ("image", "dir", "0", "1")}
     agreement = np.minimum(scores["0"], scores["1"])
-    best, found = (-1.0, -1.0), NOTHING
+    best, found = (-1.0, -1.0), NOTHING.thresholds
     for image, direction, agree in product(*(_levels(s) for s in (scores["image"], scores["dir"], agreement))):
         accepted = (scores["image"] >= image) & (scores["dir"] >= direction) & (agreement >= agree)
         kept = int((success & accepted).sum())
@@ -81,6 +103,33 @@ def choose(candidates: Sequence[dict], min_recall: float) -> Thresholds:
             best = (kept / accepted.sum(), kept)
             found = Thresholds(image=image, direction=direction, agreement=agree)
     return found
+
+
+def choose_quality(candidates: Sequence[dict], min_recall: float) -> Quality:
+    """Weights by logistic regression, and the highest threshold (a multiple of STEP) with at least `min_recall`."""
+    similarities = np.array([[row[name] for name in SIMILARITIES] for row in candidates])
+    success = np.array([row["success"] for row in candidates])
+    # Cosines vary by tenths: weak regularisation (large C), or the weights stay near 0.
+    model = LogisticRegression(C=100, max_iter=10_000).fit(similarities, success)
+    image, direction, before, after = (round(float(weight), 3) for weight in model.coef_[0])
+    chance = model.predict_proba(similarities)[:, 1]
+    levels = [level for level in np.arange(0, 1, STEP) if success[chance >= level].sum() >= min_recall * success.sum()]
+    return Quality(
+        intercept=round(float(model.intercept_[0]), 3),
+        image=image,
+        direction=direction,
+        agreement_before=before,
+        agreement_after=after,
+        at_least=round(float(levels[-1]), 2),
+    )
+
+
+def _with_quality(chosen: Quality) -> Pairs:
+    return NOTHING.model_copy(update={"quality": chosen})
+
+
+def _auc(rows: Sequence[dict], score: str) -> float:
+    return float(roc_auc_score([row["success"] for row in rows], [row[score] for row in rows]))
 
 
 def _levels(scores: np.ndarray) -> list[float]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from ip2p.evaluate.truth import edit_kind, judge
 from ip2p.images import decode
-from ip2p.pairs.filter import ACCEPTED, SURPLUS, best, verdict
+from ip2p.pairs.filter import ACCEPTED, SURPLUS, best, quality, verdict
 from ip2p.pairs.generate import PairGenerator
 from ip2p.recipe import Recipe, Sharing, Thresholds
 from ip2p.records import INSTRUCTIONS, SCORES, digest
@@ -57,10 +57,9 @@ class PairTruth:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         count = recipe.evaluate.pair_candidates
-        # All candidates are kept, with their images; the recipe's own thresholds give the verdicts afterwards.
-        drawn = recipe.pairs.model_copy(
-            update={"candidates": count, "max_pairs": count, "thresholds": EVERYTHING, "adaptive": None}
-        )
+        # All candidates are kept, with their images; the recipe's own filter gives the verdicts afterwards.
+        everything = {"thresholds": EVERYTHING, "quality": None, "adaptive": None}
+        drawn = recipe.pairs.model_copy(update={"candidates": count, "max_pairs": count, **everything})
         self.shared = PairGenerator(recipe.model_copy(update={"pairs": drawn}))
         self.plain = copy.copy(self.shared)
         self.plain.settings = drawn.model_copy(update={"sharing": NO_SHARING})
@@ -80,11 +79,13 @@ class PairTruth:
         """The pairs of a caption with the recipe's verdict and the truth. Those not finite are left out: no image."""
         if not pairs:
             return []
+        weights = self.recipe.pairs.quality
+        pairs = [pair | {"quality": weights and quality(pair, weights)} for pair in pairs]
         images = [(decode(pair["original_image"]), decode(pair["edited_image"])) for pair in pairs]
         before, after = (list(side) for side in zip(*images, strict=True))
         truths = judge(before, [row["edit_prompt"]] * len(images), after)
-        verdicts = [verdict(pair, self.recipe.pairs.thresholds) for pair in pairs]
-        passed = {n: pairs[n]["clip_sim_dir"] for n, found in enumerate(verdicts) if found == ACCEPTED}
+        verdicts = [verdict(pair, self.recipe.pairs) for pair in pairs]
+        passed = {n: pairs[n] for n, found in enumerate(verdicts) if found == ACCEPTED}
         for n in passed.keys() - set(best(passed, self.recipe.pairs.max_pairs)):
             verdicts[n] = SURPLUS
         names = ("carried_out", "preserved", "valid", "success")

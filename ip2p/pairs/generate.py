@@ -21,7 +21,7 @@ from ip2p.images import encode, to_uint8
 from ip2p.models import load_clip, load_text_to_image, resolve_device
 from ip2p.pairs.adaptive import next_round
 from ip2p.pairs.candidates import Candidate, draw_candidate
-from ip2p.pairs.filter import ACCEPTED, NOT_FINITE, SURPLUS, best, tally, verdict
+from ip2p.pairs.filter import ACCEPTED, NOT_FINITE, SURPLUS, best, quality, tally, verdict
 from ip2p.recipe import Recipe
 from ip2p.records import INSTRUCTIONS, PAIRS
 
@@ -191,11 +191,12 @@ class PairGenerator:
                 "shared_attention_fraction": candidate.shared_attention_fraction,
                 "guidance_scale": candidate.guidance_scale,
                 **numbers,
-                "verdict": verdict(numbers, self.settings.thresholds) if finite[n] else NOT_FINITE,
+                "quality": self.settings.quality and quality(numbers, self.settings.quality),
+                "verdict": verdict(numbers, self.settings) if finite[n] else NOT_FINITE,
             }
             if work.scores[draw.k]["verdict"] == ACCEPTED:
                 work.images[draw.k] = (images[2 * n], images[2 * n + 1])
-                kept = best({k: work.scores[k]["clip_sim_dir"] for k in work.images}, self.settings.max_pairs)
+                kept = best({k: work.scores[k] for k in work.images}, self.settings.max_pairs)
                 work.images = {k: work.images[k] for k in kept}
 
     def _result(self, work: _Row, seconds: float) -> dict[str, Any]:

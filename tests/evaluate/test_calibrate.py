@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from ip2p.evaluate.calibrate import calibrate, choose, mark, quality
-from ip2p.recipe import Thresholds
+from ip2p.evaluate.calibrate import NOTHING, calibrate, choose_quality, choose_thresholds, effect, mark
+from ip2p.recipe import Pairs
 
 
 def draw(count: int = 600, seed: int = 0) -> list[dict]:
@@ -18,12 +18,12 @@ def draw(count: int = 600, seed: int = 0) -> list[dict]:
 
 def test_the_thresholds_that_separate_are_found():
     candidates = draw()
-    found = calibrate(candidates, Thresholds(image=-2, direction=-2, agreement=-2), 0.8)
+    found = calibrate(candidates, NOTHING, 0.8)
     assert found.thresholds.direction == pytest.approx(0.4, abs=0.051)
     assert found.thresholds.image == pytest.approx(0.3, abs=0.051)
     assert found.thresholds.agreement <= 0.05
-    assert found.chosen.precision.mean > found.unfiltered.precision.mean + 0.2
-    assert found.chosen.recall > 0.7
+    assert found.by_thresholds.precision.mean > found.unfiltered.precision.mean + 0.2
+    assert found.by_thresholds.recall > 0.7
     assert found.present == found.unfiltered
     assert found.unfiltered.recall == found.unfiltered.accepted == 1
 
@@ -31,18 +31,39 @@ def test_the_thresholds_that_separate_are_found():
 def test_chance_is_not_sold_as_a_gain():
     rng = np.random.default_rng(1)
     candidates = [row | {"success": bool(rng.random() < 0.5)} for row in draw()]
-    found = calibrate(candidates, Thresholds(), 0.5)
-    on_the_same = quality(mark(candidates, found.thresholds)).precision.mean
+    found = calibrate(candidates, Pairs(), 0.5)
+    on_the_same = effect(mark(candidates, Pairs(thresholds=found.thresholds))).precision.mean
     assert on_the_same > found.unfiltered.precision.mean, "a choice always fits its own sample"
-    assert found.chosen.precision.low < found.unfiltered.precision.mean < found.chosen.precision.high
+    for chosen in (found.by_thresholds, found.by_quality):
+        assert chosen.precision.low < found.unfiltered.precision.mean < chosen.precision.high
+    assert found.quality_auc == pytest.approx(0.5, abs=0.06)
+
+
+def test_several_weak_signs_together_are_a_strong_one():
+    rng = np.random.default_rng(2)
+    rows = draw()
+    for row in rows:
+        logit = 8 * (row["clip_sim_dir"] + row["clip_sim_0"] + row["clip_sim_1"]) - 12
+        row["success"] = bool(rng.random() < 1 / (1 + np.exp(-logit)))
+    found = calibrate(rows, NOTHING, 0.5)
+    assert found.quality_auc > found.direction_auc + 0.1
+    assert found.by_quality.precision.mean > found.by_thresholds.precision.mean
+    weights = found.quality
+    assert weights.direction == pytest.approx(8, abs=2.5)
+    assert weights.intercept == pytest.approx(-12, abs=3)
+    assert weights.image == pytest.approx(0, abs=1.5)
 
 
 def test_recall_is_kept():
+    candidates = draw()
     for min_recall in (0.5, 0.9, 1.0):
-        candidates = draw()
-        assert quality(mark(candidates, choose(candidates, min_recall))).recall >= min_recall
+        for chosen in (
+            Pairs(thresholds=choose_thresholds(candidates, min_recall)),
+            NOTHING.model_copy(update={"quality": choose_quality(candidates, min_recall)}),
+        ):
+            assert effect(mark(candidates, chosen)).recall >= min_recall
 
 
 def test_without_right_and_wrong_there_is_nothing_to_choose():
     with pytest.raises(ValueError, match="600 of 600 candidates are right"):
-        calibrate([row | {"success": True} for row in draw()], Thresholds(), 0.5)
+        calibrate([row | {"success": True} for row in draw()], Pairs(), 0.5)
