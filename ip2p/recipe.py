@@ -170,10 +170,10 @@ class Thresholds(Section):
 
 
 class Quality(Section):
-    """Accept by the chance that a pair is right, sigmoid(intercept + weights . similarities), instead of by direction.
+    """Accept and rank by the chance that a pair is right, sigmoid(intercept + weights . similarities).
 
     Which similarities tell right from wrong, and how well, belongs to a CLIP model: `python -m jobs.calibrate` finds
-    the weights where truth is known. Pairs are ranked by it too. The thresholds apply beside it.
+    the weights where truth is known.
     """
 
     intercept: float = Field(description="of the logistic regression")
@@ -208,7 +208,8 @@ class Pairs(Section):
     sharing: Sharing = Sharing()
     thresholds: Thresholds = Thresholds()
     quality: Quality | None = Field(
-        default=None, description="accept and rank by several similarities together; null: by direction, as upstream"
+        default=None,
+        description="judge by all similarities together; null: by the thresholds, best direction first, as upstream",
     )
     height: Pixels = Field(default=512, description="of the images, in pixels")
     width: Pixels = Field(default=512, description="of the images, in pixels")

@@ -61,7 +61,7 @@ def calibrate(candidates: Sequence[dict], present: Pairs, min_recall: float) -> 
     def on_others(choose: Callable[[Sequence[dict]], Pairs]) -> list[dict]:
         return mark(halves[1], choose(halves[0])) + mark(halves[0], choose(halves[1]))
 
-    by_quality = on_others(lambda rows: _with_quality(choose_quality(rows, min_recall)))
+    by_quality = on_others(lambda rows: Pairs(quality=choose_quality(rows, min_recall)))
     return Calibration(
         thresholds=choose_thresholds(candidates, min_recall),
         quality=choose_quality(candidates, min_recall),
@@ -122,10 +122,6 @@ def choose_quality(candidates: Sequence[dict], min_recall: float) -> Quality:
         agreement_after=after,
         at_least=round(float(levels[-1]), 2),
     )
-
-
-def _with_quality(chosen: Quality) -> Pairs:
-    return NOTHING.model_copy(update={"quality": chosen})
 
 
 def _auc(rows: Sequence[dict], score: str) -> float:

@@ -14,6 +14,8 @@ NOT_FINITE = "not finite"
 
 def verdict(scores: Mapping[str, Any], settings: Pairs) -> str:
     """`accepted`, or the first test that the candidate fails. A similarity that is not a number fails."""
+    if weights := settings.quality:
+        return ACCEPTED if quality(scores, weights) >= weights.at_least else f"quality < {weights.at_least:g}"
     t = settings.thresholds
     if not scores["clip_sim_image"] >= t.image:
         return f"image < {t.image:g}"
@@ -25,8 +27,6 @@ def verdict(scores: Mapping[str, Any], settings: Pairs) -> str:
         return f"agreement before < {t.agreement:g}"
     if not scores["clip_sim_1"] >= t.agreement:
         return f"agreement after < {t.agreement:g}"
-    if settings.quality and not quality(scores, settings.quality) >= settings.quality.at_least:
-        return f"quality < {settings.quality.at_least:g}"
     return ACCEPTED
 
 

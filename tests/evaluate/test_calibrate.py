@@ -59,7 +59,7 @@ def test_recall_is_kept():
     for min_recall in (0.5, 0.9, 1.0):
         for chosen in (
             Pairs(thresholds=choose_thresholds(candidates, min_recall)),
-            NOTHING.model_copy(update={"quality": choose_quality(candidates, min_recall)}),
+            Pairs(quality=choose_quality(candidates, min_recall)),
         ):
             assert effect(mark(candidates, chosen)).recall >= min_recall
 

@@ -36,11 +36,12 @@ def test_quality_is_logistic_in_the_similarities():
     assert math.isnan(quality(GOOD | {"clip_sim_0": math.nan}, weights(0)))
 
 
-def test_quality_is_asked_for_beside_the_thresholds():
+def test_quality_takes_the_place_of_the_thresholds():
     chance = quality(GOOD, weights(0))
     for at_least, expected in ((chance, "accepted"), (0.95, "quality < 0.95")):
         assert verdict(GOOD, Pairs(quality=weights(at_least))) == expected
-    assert verdict(GOOD | {"clip_sim_dir": 0.1}, Pairs(quality=weights(0))) == "direction < 0.2"
+    assert verdict(GOOD | {"clip_sim_dir": 0.1}, Pairs(quality=weights(0))) == "accepted"
+    assert verdict(GOOD | {"clip_sim_dir": math.nan}, Pairs(quality=weights(0))) == "quality < 0"
 
 
 def test_best_by_quality_or_else_by_direction():
