@@ -17,6 +17,9 @@ def connect() -> None:
     """
     # The newer reader starts 32 actors to read the footers of a few files: on two cores that takes minutes.
     DataContext.get_current().use_datasource_v2 = False
+    # Jobs say themselves how far they are, in a line that means something to their users.
+    DataContext.get_current().enable_progress_bars = False
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line of a training worker twice
     if not ray.is_initialized():
         if address := os.environ.get("RAY_ADDRESS"):
             ray.init(address)

@@ -19,6 +19,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from cluster.connect import connect, uses_gpu
+from cluster.progress import Tally, time_left
 from ip2p.captions.parse import parse, refuse
 from ip2p.captions.prompt import SCHEMA, few_shot_messages, tuned_prompt
 from ip2p.cli import load_settings
@@ -47,7 +48,7 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     print(f"edit_captions: {counts['captions']} captions, {left} to do, {counts['duplicates']} duplicates left out")
     if left:
         connect()
-        generate(recipe, workspace)
+        generate(recipe, workspace, left)
     rows = workspace.read_table("instructions").to_pylist()
     counts |= summary(rows)
     workspace.mark_done("instructions", **counts)
@@ -136,8 +137,8 @@ def file_captions(captions: FileCaptions) -> Iterator[str]:
             yield caption or ""
 
 
-def generate(recipe: Recipe, workspace: Workspace) -> None:
-    """Ask the model for every caption that has no row yet and append the rows to `instructions/`."""
+def generate(recipe: Recipe, workspace: Workspace, to_do: int) -> None:
+    """Ask the model for every caption that has no row yet, `to_do` of them, and append the rows to `instructions/`."""
     settings = recipe.instructions
     context = DataContext.get_current()
     context.checkpoint_config = CheckpointConfig(
@@ -153,18 +154,22 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
         preprocess_map_kwargs=light,
         postprocess_map_kwargs=light,
     )
+    tally = Tally("edit_captions")
     print(f"edit_captions: starting {settings.replicas} vLLM engine(s) with {recipe.models.llm.path}")
     try:
-        captions = ray.data.read_parquet(workspace.path("captions"), filesystem=workspace.fs, **light).repartition(
-            target_num_rows_per_block=settings.batch_size
-        )
-        (
-            model(captions)
-            .map(lambda row: read_answer(row, settings), **light)
-            .write_parquet(
-                workspace.path("instructions"), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
+        with tally.shown(lambda counts, seconds: progress_line(counts, seconds, to_do)):
+            captions = ray.data.read_parquet(workspace.path("captions"), filesystem=workspace.fs, **light).repartition(
+                target_num_rows_per_block=settings.batch_size
             )
-        )
+            (
+                model(captions)
+                .map_batches(
+                    lambda table: read_answers(table, settings, tally), batch_format="pyarrow", batch_size=None, **light
+                )
+                .write_parquet(
+                    workspace.path("instructions"), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
+                )
+            )
     finally:
         # It is the whole process's, and other stages have other ids.
         context.checkpoint_config = None
@@ -215,6 +220,19 @@ def ask(row: dict[str, Any], settings: Instructions, run_seed: int) -> dict[str,
     question = {"messages": few_shot_messages(caption)} if few_shot else {"prompt": tuned_prompt(caption)}
     refusal = refuse(caption, settings.max_caption_words)
     return {**question, "sampling_params": sampling, "refusal": refusal, "__inference_error__": refusal}
+
+
+def read_answers(table: pa.Table, settings: Instructions, tally: Tally) -> pa.Table:
+    """Rows of `instructions/` for what came back from the engine."""
+    rows = [read_answer(row, settings) for row in table.to_pylist()]
+    tally.add({"captions": len(rows), **Counter(row["status"] for row in rows)})
+    return pa.Table.from_pylist(rows, schema=INSTRUCTIONS)
+
+
+def progress_line(counts: Counter[str], seconds: float, to_do: int) -> str:
+    """What there is, and how long the rest takes."""
+    statuses = ", ".join(f"{counts[status]:,} {status}" for status in ("ok", "rejected", "failed"))
+    return f"{counts['captions']:,} of {to_do:,} captions: {statuses}; {time_left(counts['captions'], to_do, seconds)}"
 
 
 def read_answer(row: dict[str, Any], settings: Instructions) -> dict[str, str]:

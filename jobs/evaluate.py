@@ -15,6 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
 from cluster.connect import connect, uses_gpu
+from cluster.progress import Counted, Tally, time_left
 from ip2p.cli import load_settings
 from ip2p.evaluate.editors import available
 from ip2p.evaluate.pair_truth import PairTruth, sample_captions
@@ -138,25 +139,36 @@ def chain(
     context = DataContext.get_current()
     context.checkpoint_config = checkpoints
     light: dict[str, Any] = {"num_cpus": TASK_CPUS}
+    tally, to_do = Tally("evaluate"), workspace.read_table("evaluation", source, columns=[id_column]).num_rows
+    if workspace.exists("evaluation", sink):
+        to_do -= workspace.read_table("evaluation", sink, columns=[id_column]).num_rows
     try:
-        (
-            ray.data.read_parquet(workspace.path("evaluation", source), filesystem=workspace.fs, num_cpus=TASK_CPUS)
-            .repartition(target_num_rows_per_block=rows_per_task)
-            .map_batches(
-                actor,
-                fn_constructor_args=arguments,
-                batch_format="pyarrow",
-                batch_size=rows_per_task,
-                compute=ActorPoolStrategy(size=recipe.evaluate.replicas),
-                num_cpus=ACTOR_CPUS,
-                num_gpus=1 if uses_gpu(recipe.device) else 0,
+        with tally.shown(lambda counts, seconds: progress_line(source, counts["rows"], to_do, seconds)):
+            (
+                ray.data.read_parquet(workspace.path("evaluation", source), filesystem=workspace.fs, num_cpus=TASK_CPUS)
+                .repartition(target_num_rows_per_block=rows_per_task)
+                .map_batches(
+                    Counted,  # pyright: ignore[reportArgumentType]
+                    fn_constructor_args=(actor, arguments, tally, lambda rows: {"rows": rows.num_rows}),
+                    batch_format="pyarrow",
+                    batch_size=rows_per_task,
+                    compute=ActorPoolStrategy(size=recipe.evaluate.replicas),
+                    num_cpus=ACTOR_CPUS,
+                    num_gpus=1 if uses_gpu(recipe.device) else 0,
+                )
+                .write_parquet(
+                    workspace.path("evaluation", sink),
+                    filesystem=workspace.fs,
+                    mode=SaveMode.APPEND,
+                    ray_remote_args=light,
+                )
             )
-            .write_parquet(
-                workspace.path("evaluation", sink), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
-            )
-        )
     finally:
         context.checkpoint_config = None  # it is the whole process's, and other stages have other ids
+
+
+def progress_line(what: str, done: int, to_do: int, seconds: float) -> str:
+    return f"{what.replace('_', ' ')} {done:,} of {to_do:,}; {time_left(done, to_do, seconds)}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ instructions/ -> PairGenerator (draw, generate, score, judge) -> pairs/, one row
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
 from cluster.connect import connect, uses_gpu
+from cluster.progress import Counted, Tally, time_left
 from ip2p.cli import load_settings
 from ip2p.pairs.funnel import COLUMNS, funnel, show
 from ip2p.pairs.generate import PairGenerator
@@ -52,26 +54,51 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
     context = DataContext.get_current()
     context.checkpoint_config = checkpoints(workspace)
     light: dict[str, Any] = {"num_cpus": TASK_CPUS}
+    tally = Tally("generate_pairs")
+    to_do = workspace.counts("instructions")["captions"] - sum(batch.num_rows for batch in read_pairs(workspace))
     try:
-        (
-            # A source that is not read_parquet would write checkpoints and never apply them.
-            ray.data.read_parquet(workspace.path("instructions"), filesystem=workspace.fs, num_cpus=TASK_CPUS)
-            .repartition(target_num_rows_per_block=settings.rows_per_block)
-            .map_batches(
-                PairGenerator,  # pyright: ignore[reportArgumentType]
-                fn_constructor_args=(recipe,),
-                batch_size=settings.rows_per_block,
-                compute=ActorPoolStrategy(size=settings.replicas),
-                max_restarts=RETRIES,
-                max_task_retries=RETRIES,
-                **generator_resources(recipe),
+        with tally.shown(lambda counts, seconds: progress_line(counts, seconds, to_do, settings.replicas)):
+            (
+                # A source that is not read_parquet would write checkpoints and never apply them.
+                ray.data.read_parquet(workspace.path("instructions"), filesystem=workspace.fs, num_cpus=TASK_CPUS)
+                .repartition(target_num_rows_per_block=settings.rows_per_block)
+                .map_batches(
+                    Counted,  # pyright: ignore[reportArgumentType]
+                    fn_constructor_args=(PairGenerator, (recipe,), tally, count),
+                    batch_size=settings.rows_per_block,
+                    compute=ActorPoolStrategy(size=settings.replicas),
+                    max_restarts=RETRIES,
+                    max_task_retries=RETRIES,
+                    **generator_resources(recipe),
+                )
+                .write_parquet(
+                    workspace.path("pairs"), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
+                )
             )
-            .write_parquet(
-                workspace.path("pairs"), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
-            )
-        )
     finally:
         context.checkpoint_config = None  # it is the whole process's, and other stages have other ids
+
+
+def count(rows: pa.Table) -> dict[str, float]:
+    """What `Tally` is told of some rows of PAIRS."""
+    found = funnel(rows.select(COLUMNS).to_batches())
+    told = {name: found[name] for name in ("captions", "candidates", "accepted", "pairs", "failed", "unet_samples")}
+    reasons = {f"rejected: {reason}": number for reason, number in found["not_accepted"].items()}
+    return {**told, "device_seconds": found["device_seconds"], **reasons}
+
+
+def progress_line(counts: Counter[str], seconds: float, to_do: int, devices: int) -> str:
+    """`counts` as `count` gives them, of the first `seconds` of a run."""
+    rejected = Counter({name[10:]: n for name, n in counts.items() if name.startswith("rejected: ")})
+    share = {name: n / max(counts["candidates"], 1) for name, n in rejected.most_common(3)}
+    return (
+        f"{counts['captions']:,} of {to_do:,} captions, {counts['pairs']:,} pairs ({counts['pairs'] / seconds:.1f}/s, "
+        f"{counts['unet_samples'] / max(counts['pairs'], 1):,.0f} UNet samples each), "
+        f"{counts['accepted'] / max(counts['candidates'], 1):.0%} of {counts['candidates']:,} candidates accepted"
+        + "".join(f", {part:.0%} {reason}" for reason, part in share.items())
+        + f"; devices {counts['device_seconds'] / (seconds * devices):.0%} busy, "
+        + time_left(counts["captions"], to_do, seconds)
+    )
 
 
 def checkpoints(workspace: Workspace) -> CheckpointConfig:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,7 +57,7 @@ def write_instructions(workspace: Workspace, count: int) -> None:
     rows[-1] = (*rows[-1][:4], *REJECTED)
     with workspace.open_out("instructions", "part.parquet") as file:
         pq.write_table(pa.Table.from_pylist([dict(zip(INSTRUCTIONS.names, row)) for row in rows], INSTRUCTIONS), file)
-    workspace.mark_done("instructions")
+    workspace.mark_done("instructions", captions=count)
 
 
 def check_complete(workspace: Workspace, recipe: Recipe, count: int) -> None:
@@ -153,6 +154,17 @@ def test_a_killed_driver_is_resumed(recipe, tmp_path):
     check_complete(workspace, recipe, count)
     kept = before.items() & files(workspace).items()
     assert len(kept) >= len(before) - 2  # a file that was being written is done again
+
+
+def test_what_the_line_of_generate_pairs_says():
+    counts = Counter(captions=10, candidates=60, accepted=30, pairs=25, unet_samples=1920, device_seconds=9.0)
+    counts |= {"rejected: direction < 0.8": 20, "rejected: image < 0.5": 10}
+    line = generate_pairs.progress_line(counts, seconds=5.0, to_do=40, devices=2)
+    assert line == (
+        "10 of 40 captions, 25 pairs (5.0/s, 77 UNet samples each), 50% of 60 candidates accepted, "
+        "33% direction < 0.8, 17% image < 0.5; devices 90% busy, 0:15 left"
+    )
+    assert generate_pairs.progress_line(Counter(), 1.0, 40, 1).endswith("? left")
 
 
 def test_stages_out_of_order_are_refused(recipe, tmp_path):
