@@ -216,6 +216,9 @@ class Pairs(Section):
     batch_size: Positive = Field(default=4, description="candidates (pairs of trajectories) that share one UNet call")
     replicas: Positive = Field(default=1, description="PairGenerator actors")
     rows_per_block: Positive = Field(default=8, description="captions per write task: what a crash can cost")
+    keep_rejects: Fraction = Field(
+        default=0.01, description="share of captions of which rejected candidates are kept, up to max_pairs, to look at"
+    )
 
 
 class Dataset(Section):

@@ -44,6 +44,7 @@ PAIRS = pa.schema(
         *INSTRUCTIONS,
         pa.field("candidates", pa.list_(CANDIDATE)),
         pa.field("pairs", pa.list_(PAIR)),
+        pa.field("rejects", pa.list_(PAIR)),  # of a few captions, to look at: `pairs.keep_rejects`
         pa.field("unet_samples", pa.int64()),
         pa.field("seconds", pa.float64()),
     ]

@@ -16,7 +16,7 @@ from ip2p.evaluate.views import accepted_pairs, comparison, failed_candidates, g
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(recipe: Recipe, workspace: Workspace) -> Summary:
@@ -27,16 +27,23 @@ def write_report(recipe: Recipe, workspace: Workspace) -> Summary:
     return summary
 
 
+def template(name: str) -> jinja2.Template:
+    """A page of ours; what it is not given is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(name)
+
+
 def render(recipe: Recipe, workspace: Workspace, summary: Summary) -> str:
     """The report as HTML."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     helpers = {
         "percent": percent, "points": points, "interval_text": interval_text, "heat": heat,
         "finite": lambda value: value if math.isfinite(value) else 0.0,
     }  # fmt: skip
     rows = shown_rows(workspace)
     run = workspace.run()
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return template("report.html.j2").render(
         **helpers,
         recipe=recipe,
         names=NAMES,

@@ -23,7 +23,7 @@ from ip2p.pairs.adaptive import next_round
 from ip2p.pairs.candidates import Candidate, draw_candidate
 from ip2p.pairs.filter import ACCEPTED, NOT_FINITE, SURPLUS, best, quality, tally, verdict
 from ip2p.recipe import Recipe
-from ip2p.records import INSTRUCTIONS, PAIRS
+from ip2p.records import INSTRUCTIONS, PAIRS, digest
 
 logger = logging.getLogger(__name__)
 TEXTS_AT_ONCE = 64
@@ -40,6 +40,7 @@ class _Row:
     drawn: int = 0
     scores: dict[int, dict[str, Any]] = field(default_factory=dict)
     images: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    rejects: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     unet_samples: int = 0
 
 
@@ -79,7 +80,9 @@ class PairGenerator:
         columns = [batch[name].tolist() for name in INSTRUCTIONS.names]
         rows = [dict(zip(INSTRUCTIONS.names, values, strict=True)) for values in zip(*columns, strict=True)]
         todo = [i for i, row in enumerate(rows) if row["status"] == "ok"]
-        results = [{**row, "candidates": [], "pairs": [], "unet_samples": 0, "seconds": 0.0} for row in rows]
+        results = [
+            {**row, "candidates": [], "pairs": [], "rejects": [], "unet_samples": 0, "seconds": 0.0} for row in rows
+        ]
         for i, result in zip(todo, self._all_or_each([rows[i] for i in todo]), strict=True):
             results[i] |= result
         return pa.Table.from_pylist(results, schema=PAIRS)
@@ -198,21 +201,30 @@ class PairGenerator:
                 work.images[draw.k] = (images[2 * n], images[2 * n + 1])
                 kept = best({k: work.scores[k] for k in work.images}, self.settings.max_pairs)
                 work.images = {k: work.images[k] for k in kept}
+            elif self._keeps_rejects(work) and len(work.rejects) < self.settings.max_pairs:
+                work.rejects[draw.k] = (images[2 * n], images[2 * n + 1])
+
+    def _keeps_rejects(self, work: _Row) -> bool:
+        return digest("rejects", work.row["caption_id"]) < self.settings.keep_rejects * 2**63
 
     def _result(self, work: _Row, seconds: float) -> dict[str, Any]:
         for k, scores in work.scores.items():
             if scores["verdict"] == ACCEPTED and k not in work.images:
                 scores["verdict"] = SURPLUS
         candidates = [work.scores[k] for k in sorted(work.scores)]
-        pairs = [
-            {**work.scores[k], "original_image": encode(before), "edited_image": encode(after)}
-            for k, (before, after) in work.images.items()
-        ]
+        pairs, rejects = (
+            [
+                {**work.scores[k], "original_image": encode(before), "edited_image": encode(after)}
+                for k, (before, after) in images.items()
+            ]
+            for images in (work.images, work.rejects)
+        )
         return {
             "status": "ok" if pairs else "rejected",
             "reason": "" if pairs else tally(scores["verdict"] for scores in candidates),
             "candidates": candidates,
             "pairs": pairs,
+            "rejects": rejects,
             "unet_samples": work.unet_samples,
             "seconds": seconds,
         }

@@ -89,13 +89,22 @@ def _write_pairs(workspace: Workspace, triplets, rng: random.Random) -> None:
         )
         before, after = render(triplet.scene), render(triplet.edited_scene)
         candidates = [scores(rng, verdict) for verdict in verdicts]
-        kept = [
-            c | {"original_image": noisy(before, rng), "edited_image": noisy(after, rng)}
-            for c in candidates
-            if c["verdict"] == "accepted"
-        ][:4]
+        kept, refused = (
+            [
+                c | {"original_image": noisy(before, rng), "edited_image": noisy(after if accepted else before, rng)}
+                for c in candidates
+                if (c["verdict"] == "accepted") == accepted and c["verdict"] != "surplus"
+            ][:4]
+            for accepted in (True, False)
+        )
         status = {} if kept or not ok else {"status": "rejected", "reason": "direction < 0.5: 6"}
-        made = {"candidates": candidates, "pairs": kept, "unet_samples": 960, "seconds": 1.5}
+        made = {
+            "candidates": candidates,
+            "pairs": kept,
+            "rejects": refused if n % 2 else [],
+            "unet_samples": 960,
+            "seconds": 1.5,
+        }
         pairs.append(row | status | made)
         for pair in kept:
             pictures = {k: {"bytes": pair[k], "path": None} for k in ("original_image", "edited_image")}

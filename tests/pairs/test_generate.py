@@ -43,7 +43,7 @@ def test_one_row_in_one_row_out(table, generator, smallest: Recipe):
     assert table.schema.equals(PAIRS)
     rows = table.to_pylist()
     assert [tuple(row[name] for name in INSTRUCTIONS.names) for row in rows] == ROWS
-    nothing = {"candidates": [], "pairs": [], "unet_samples": 0, "seconds": 0.0}
+    nothing = {"candidates": [], "pairs": [], "rejects": [], "unet_samples": 0, "seconds": 0.0}
     assert rows[1] == dict(zip(INSTRUCTIONS.names, ROWS[1])) | nothing
     for row in (rows[0], rows[2], rows[3]):
         drawn = [draw_candidate(smallest.pairs, smallest.seed, row["caption_id"], k) for k in range(3)]
@@ -100,6 +100,18 @@ def test_adaptive_gives_a_hopeless_caption_up(generator):
     hopeless = with_pairs(generator, thresholds=strict, adaptive=Adaptive(round=1, give_up_below=0.4))
     [row] = hopeless(batch(ROWS[:1])).to_pylist()
     assert (row["status"], row["reason"]) == ("rejected", "direction < 1: 1")
+
+
+def test_rejects_of_some_captions_are_kept_to_look_at(generator):
+    strict = with_pairs(generator, thresholds=Thresholds(image=-1, direction=1, agreement=-1), keep_rejects=1)
+    [row] = strict(batch(ROWS[:1])).to_pylist()
+    assert row["pairs"] == []
+    assert [{**reject, "original_image": 0, "edited_image": 0} for reject in row["rejects"]] == [
+        {**candidate, "original_image": 0, "edited_image": 0} for candidate in row["candidates"][:2]
+    ]
+    assert images.decode(row["rejects"][0]["edited_image"]).shape == (64, 64, 3)
+    [row] = with_pairs(strict, keep_rejects=0)(batch(ROWS[:1])).to_pylist()
+    assert row["rejects"] == []
 
 
 def test_a_batch_without_work_passes_through(generator):

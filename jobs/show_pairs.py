@@ -1,0 +1,35 @@
+"""A contact sheet of a workspace's pairs, while they are being made or after: accepted and rejected, with why.
+
+    python -m jobs.show_pairs --workspace workspace            writes workspace/pairs.html
+    python -m jobs.show_pairs --workspace workspace --count 100
+
+Rejected candidates are kept for a share of the captions alone: pairs.keep_rejects in the recipe.
+"""
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from ip2p.evaluate.sheet import write_sheet
+from ip2p.workspace import Workspace
+
+
+class Settings(BaseSettings):
+    __doc__ = __doc__
+    model_config = SettingsConfigDict(cli_prog_name="python -m jobs.show_pairs", extra="forbid")
+
+    workspace: str = Field(description="folder of the run: a local path, s3://... or gs://...")
+    count: int = Field(48, ge=1, description="pairs of either kind")
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = CliApp.run(Settings, cli_args=argv)
+    workspace = Workspace(settings.workspace)
+    try:
+        shown = write_sheet(workspace, settings.count)
+    except ValueError as error:
+        raise SystemExit(f"show_pairs: {error}") from error
+    print(f"show_pairs: {shown['accepted']} accepted, {shown['rejected']} rejected: {workspace.uri('pairs.html')}")
+
+
+if __name__ == "__main__":
+    main()
