@@ -15,16 +15,19 @@ from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
 from cluster.connect import connect, uses_gpu
+from cluster.guard import Guarded, Ledger, retries
 from cluster.progress import Counted, Tally, time_left
 from ip2p.cli import load_settings
 from ip2p.pairs.funnel import COLUMNS, funnel, show
-from ip2p.pairs.generate import PairGenerator
+from ip2p.pairs.generate import PairGenerator, failed
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
 
 TASK_CPUS = 0.2
 CHECKPOINT_FILTER_BYTES = 64 * 2**20  # at least; Ray asks for more when the ids need more
-RETRIES = 3  # of a generator or a batch that dies, not of one that raises
+RESTARTS = (
+    100  # of each generator: captions that kill it are given up long before; one that can't start is not tried on
+)
 
 
 def run(recipe: Recipe, workspace: Workspace) -> None:
@@ -64,11 +67,12 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
                 .repartition(target_num_rows_per_block=settings.rows_per_block)
                 .map_batches(
                     Counted,  # pyright: ignore[reportArgumentType]
-                    fn_constructor_args=(PairGenerator, (recipe,), tally, count),
+                    fn_constructor_args=(Guarded, (PairGenerator, (recipe,), Ledger(), failed), tally, count),
+                    batch_format="pyarrow",
                     batch_size=settings.rows_per_block,
                     compute=ActorPoolStrategy(size=settings.replicas),
-                    max_restarts=RETRIES,
-                    max_task_retries=RETRIES,
+                    max_restarts=RESTARTS,
+                    max_task_retries=retries(settings.rows_per_block),
                     **generator_resources(recipe),
                 )
                 .write_parquet(

@@ -27,6 +27,7 @@ from ip2p.records import INSTRUCTIONS, PAIRS, digest
 
 logger = logging.getLogger(__name__)
 TEXTS_AT_ONCE = 64
+NOTHING: dict[str, Any] = {"candidates": [], "pairs": [], "rejects": [], "unet_samples": 0, "seconds": 0.0}
 
 
 @dataclass(eq=False)
@@ -65,24 +66,22 @@ class PairGenerator:
         device = resolve_device(recipe.device)
         self.recipe = recipe
         self.settings = recipe.pairs
+        self.batch_size = recipe.pairs.batch_size
         self.model = load_text_to_image(recipe.models.text_to_image, recipe.models.vae, device)
         self.clip = ClipSimilarity(load_clip(recipe.models.clip, device))
         self.schedule = NoiseSchedule.from_config(self.model.schedule.alphas_cumprod, self.model.schedule.config)
         self.eos: int = self.model.tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.shape = self.model.latent_shape(self.settings.height, self.settings.width)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> pa.Table:
         """Columns of INSTRUCTIONS -> table of PAIRS, in the same order. Rows that are not `ok` pass through.
 
         A row that can't be done becomes `failed` with the reason and leaves its neighbours alone. Raises only when no
         row of several can be done: that is not the rows' fault.
         """
-        columns = [batch[name].tolist() for name in INSTRUCTIONS.names]
-        rows = [dict(zip(INSTRUCTIONS.names, values, strict=True)) for values in zip(*columns, strict=True)]
+        rows = batch.select(INSTRUCTIONS.names).to_pylist()
         todo = [i for i, row in enumerate(rows) if row["status"] == "ok"]
-        results = [
-            {**row, "candidates": [], "pairs": [], "rejects": [], "unet_samples": 0, "seconds": 0.0} for row in rows
-        ]
+        results = [row | NOTHING for row in rows]
         for i, result in zip(todo, self._all_or_each([rows[i] for i in todo]), strict=True):
             results[i] |= result
         return pa.Table.from_pylist(results, schema=PAIRS)
@@ -92,22 +91,35 @@ class PairGenerator:
         if not rows:
             return []
         try:
-            return self.generate(rows)
+            return self._within_memory(rows)
         except Exception as error:
             if len(rows) == 1:
-                return [_failed(rows[0], error)]
+                logger.error("caption %s failed", rows[0]["caption_id"], exc_info=error)
+                return [failure(f"{type(error).__name__}: {error}")]
             logger.exception("a batch of %d captions failed, trying each for itself", len(rows))
             results = [self._all_or_each([row])[0] for row in rows]
             if all(result["status"] == "failed" for result in results):
                 raise
             return results
 
+    def _within_memory(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`generate` with as many candidates at a time as the GPU has memory for; once found, that is kept."""
+        while True:
+            try:
+                return self.generate(rows)
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+                logger.warning("out of GPU memory: going on with pairs.batch_size %d", self.batch_size)
+            torch.cuda.empty_cache()  # not inside `except`: the traceback holds what is to be freed
+
     @torch.inference_mode()
     def generate(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What PAIRS has beyond INSTRUCTIONS, with the new `status` and `reason`, for each row."""
         started = time.perf_counter()
         works = self._prepare(rows)
-        engine = Engine(self.model.unet, self.schedule, 2 * self.settings.batch_size)
+        engine = Engine(self.model.unet, self.schedule, 2 * self.batch_size)
         waiting = deque((work, k) for work in works for k in self._next_round(work))
         underway: dict[int, _Draw] = {}
         ready: list[_Draw] = []
@@ -118,7 +130,7 @@ class PairGenerator:
                 engine.add(draw.source, draw.edited)
             ready += [underway.pop(id(t)) for t in engine.step() if t.link is not None]
             # What is judged may call for more, so it does not wait while the engine has room.
-            if len(ready) >= self.settings.batch_size or not waiting:
+            if len(ready) >= self.batch_size or not waiting:
                 self._judge(ready)
                 for work in dict.fromkeys(draw.work for draw in ready):
                     waiting.extend((work, k) for k in self._next_round(work))
@@ -235,6 +247,12 @@ def _embed(texts: list[str], encoder: Any) -> dict[str, Tensor]:
     return {text: row for chunk in chunks for text, row in zip(chunk, encoder(chunk), strict=True)}
 
 
-def _failed(row: dict[str, Any], error: Exception) -> dict[str, Any]:
-    logger.error("caption %s failed", row["caption_id"], exc_info=error)
-    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+def failure(reason: str) -> dict[str, Any]:
+    """What becomes of a row that could not be done."""
+    return {"status": "failed", "reason": reason[:500]}
+
+
+def failed(rows: pa.Table, reason: str) -> pa.Table:
+    """Columns of INSTRUCTIONS -> table of PAIRS, all rows failed."""
+    results = [row | NOTHING | failure(reason) for row in rows.select(INSTRUCTIONS.names).to_pylist()]
+    return pa.Table.from_pylist(results, schema=PAIRS)

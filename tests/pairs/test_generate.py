@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -16,9 +17,9 @@ ROWS = [
 ]
 
 
-def batch(rows) -> dict[str, np.ndarray]:
+def batch(rows) -> pa.Table:
     """As Ray Data hands it over."""
-    return {name: np.array(column, dtype=object) for name, column in zip(INSTRUCTIONS.names, zip(*rows))}
+    return pa.Table.from_pylist([dict(zip(INSTRUCTIONS.names, row)) for row in rows], schema=INSTRUCTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,7 @@ def with_pairs(generator: PairGenerator, **changes) -> PairGenerator:
     other = object.__new__(PairGenerator)
     other.__dict__ = dict(generator.__dict__)
     other.settings = generator.settings.model_copy(update=changes)
+    other.batch_size = other.settings.batch_size
     return other
 
 
@@ -128,6 +130,27 @@ def test_a_row_that_raises_is_failed_and_leaves_its_neighbours_alone(table, gene
     expected = table.to_pylist()[0]
     assert (rows[0]["status"], len(rows[0]["pairs"])) == (expected["status"], len(expected["pairs"]))
     assert rows[0]["candidates"][0]["clip_sim_0"] == pytest.approx(expected["candidates"][0]["clip_sim_0"], abs=1e-4)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(table, generator, monkeypatch):
+    other = with_pairs(generator, batch_size=4)
+    sizes = []
+
+    def forward(sample, *args, **kwargs):
+        sizes.append(len(sample))
+        if len(sample) > 8:  # two pairs, both prompts, with and without text
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return unet(sample, *args, **kwargs)
+
+    unet = generator.model.unet.forward
+    monkeypatch.setattr(generator.model.unet, "forward", forward)
+    rows = other(batch(ROWS)).to_pylist()
+    assert sizes[0] == 16 and max(sizes[1:]) == 8
+    assert other.batch_size == 2
+    assert [row["status"] for row in rows] == [row["status"] for row in table.to_pylist()]
+    for row, expected in zip(rows, table.to_pylist()):
+        for a, b in zip(row["candidates"], expected["candidates"]):
+            assert a["clip_sim_dir"] == pytest.approx(b["clip_sim_dir"], abs=5e-3)
 
 
 def test_when_no_row_can_be_done_it_is_not_their_fault(generator):
