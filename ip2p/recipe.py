@@ -247,6 +247,9 @@ class Train(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="the learning rate rises linearly over so many steps"
     )
+    cooldown_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="the learning rate falls linearly to 0 over the last so many steps"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=1e-2, description="of AdamW")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="longer gradients are cut to this norm"

@@ -131,7 +131,8 @@ def fit(recipe: Recipe, workspace: Workspace) -> ray.train.Checkpoint:
         1 if gpu else cpus_per_worker(recipe.train.workers, [node["Resources"].get("CPU", 0) for node in ray.nodes()])
     )
     # Another recipe or other pairs start anew; more steps, or other intervals between checkpoints, go on.
-    same = recipe.train.model_dump(mode="json", exclude={"steps", "checkpoint_every", "encode_replicas"})
+    free = {"steps", "cooldown_steps", "checkpoint_every", "encode_replicas"}
+    same = recipe.train.model_dump(mode="json", exclude=free)
     name = "train-" + short_digest([same, recipe.seed, workspace.counts("latents")["source"]])
     trainer = TorchTrainer(
         train_loop_per_worker,

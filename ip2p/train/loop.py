@@ -95,8 +95,9 @@ def train(
 
 
 def learning_rate(recipe: Train, step: int) -> float:
-    """Linear warm-up over the first `warmup_steps` steps, constant after."""
-    return recipe.learning_rate * min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+    """Linear warm-up over the first `warmup_steps` steps, constant after, linearly to 0 over the last ones."""
+    warmup, cooldown = max(1, recipe.warmup_steps), max(1, recipe.cooldown_steps)
+    return recipe.learning_rate * min(1.0, (step + 1) / warmup, (recipe.steps - step) / cooldown)
 
 
 def autocast_dtype(recipe: Train) -> torch.dtype:

@@ -85,3 +85,5 @@ def test_reports_what_a_person_wants_to_see(base, pairs, recipe):
 def test_warm_up_is_linear_then_constant(recipe):
     recipe = recipe.model_copy(update={"warmup_steps": 4, "learning_rate": 1.0})
     assert [learning_rate(recipe, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    recipe = recipe.model_copy(update={"steps": 10, "cooldown_steps": 4})
+    assert [learning_rate(recipe, step) for step in range(3, 10)] == [1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
