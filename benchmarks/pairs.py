@@ -223,7 +223,7 @@ def measure_throughput(recipe: Recipe, rows: list[Row], rounds: int) -> dict[str
     settings = recipe.pairs.model_copy(
         update={
             "solver": "euler_ancestral",
-            "sharing": Sharing(self_attention=1, cross_attention=0),
+            "sharing": Sharing(modes=["self"]),
             "adaptive": None,
             "quality": None,
         }

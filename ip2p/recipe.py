@@ -140,18 +140,37 @@ class Instructions(Section):
         return self
 
 
-class Sharing(Section):
-    """Attention sharing (Prompt-to-Prompt): each kind is shared while step / (steps - 1) < multiplier * p.
+SharingMode = Literal["self", "replace", "refine"]
 
-    Upstream shares self-attention alone: {self_attention: 1, cross_attention: 0}.
+
+class Sharing(Section):
+    """What the edited image takes over from the source's attention while step / (steps - 1) < multiplier * p.
+
+    self: the maps of self-attention (upstream). replace: cross-attention too, each word that of the word in its place
+    (Prompt-to-Prompt); for captions that differ word for word. refine: cross-attention too, for the words in common.
     """
 
+    modes: Annotated[list[SharingMode], Field(min_length=1)] = Field(
+        default=["self"], description="tried in this order: the first that a caption pair allows"
+    )
     self_attention: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="multiplier for self-attention; 0: never"
     )
     cross_attention: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="multiplier for cross-attention; 0: never"
+        default=1.0, description="multiplier for cross-attention, in the modes replace and refine; 0: never"
     )
+    emphasis: Annotated[float, Field(gt=0)] = Field(
+        default=1.0,
+        description="factor on the cross-attention to words of the edited caption alone, while it is shared (reweight)",
+    )
+
+    @model_validator(mode="after")
+    def _some_mode_applies(self):
+        if self.modes[-1] == "replace":
+            raise ValueError("modes must end with self or refine: replace does not apply to all caption pairs")
+        if self.emphasis != 1 and "self" in self.modes:
+            raise ValueError("emphasis is for the modes replace and refine: self leaves cross-attention alone")
+        return self
 
 
 class Thresholds(Section):

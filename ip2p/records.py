@@ -29,6 +29,7 @@ SCORES = {
     "seed": pa.int64(),
     "shared_attention_fraction": pa.float32(),
     "guidance_scale": pa.float32(),
+    "sharing": pa.string(),  # the mode, see recipe.Sharing
     "clip_sim_0": pa.float32(),
     "clip_sim_1": pa.float32(),
     "clip_sim_dir": pa.float32(),
@@ -64,6 +65,7 @@ DATASET = pa.schema(
         "seed": pa.int64(),
         "shared_attention_fraction": pa.float32(),
         "guidance_scale": pa.float32(),
+        "sharing": pa.string(),
         "clip_sim_0": pa.float32(),
         "clip_sim_1": pa.float32(),
         "clip_sim_dir": pa.float32(),

@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from ip2p.cli import read_recipe, read_yaml
-from ip2p.recipe import REPOSITORY, GrammarCaptions, Recipe
+from ip2p.recipe import REPOSITORY, GrammarCaptions, Recipe, Sharing
 
 MINIMAL: dict[str, Any] = {
     "name": "x",
@@ -50,7 +50,7 @@ def test_the_real_recipe_pins_every_hub_model_and_keeps_upstreams_protocol():
         assert ref is not None
         assert len(ref.revision or "") == 40
     assert recipe.pairs.solver == "euler_ancestral"
-    assert (recipe.pairs.sharing.self_attention, recipe.pairs.sharing.cross_attention) == (1, 0)
+    assert (recipe.pairs.sharing.modes, recipe.pairs.sharing.self_attention) == (["self"], 1)
     assert recipe.pairs.guidance_scale == (7.5, 15)
 
 
@@ -115,3 +115,17 @@ def test_what_is_no_recipe_is_refused(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_yaml(file)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "reason"),
+    [
+        ({"modes": ["replace"]}, "must end with self or refine"),
+        ({"modes": ["refine", "self"], "emphasis": 2}, "emphasis is for the modes"),
+        ({"modes": []}, "at least 1 item"),
+        ({"modes": ["blend"]}, "'self', 'replace' or 'refine'"),
+    ],
+)
+def test_modes_of_sharing_that_make_no_sense_are_refused(sharing, reason):
+    with pytest.raises(ValueError, match=reason):
+        Sharing.model_validate(sharing)

@@ -53,7 +53,7 @@ def test_splits_have_their_sizes_and_only_grow():
 
 
 def test_rows_fit_the_schemas():
-    score = dict.fromkeys(records.SCORES, 1) | {"verdict": "accepted"}
+    score = dict.fromkeys(records.SCORES, 1) | {"verdict": "accepted", "sharing": "self"}
     row = {
         "caption_id": "x",
         "original_prompt": "a",
@@ -63,6 +63,7 @@ def test_rows_fit_the_schemas():
         "reason": "",
         "candidates": [score, score],
         "pairs": [score | {"original_image": b"1", "edited_image": b"2"}],
+        "rejects": [],
         "unet_samples": 3,
         "seconds": 0.5,
     }

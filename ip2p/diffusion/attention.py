@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ip2p.recipe import SharingMode
+
 UNALIGNED = -1
 
 
@@ -28,32 +30,49 @@ class Rows:
 class SharedRows:
     """Which rows of one UNet batch of R rows attend as others do. None: none of them.
 
-    cross_keys: (R, L), for each token of each row the index into (R L) of the key it uses.
+    cross_keys: (R, L), for each token of each row the index into (R L) of the key it uses. emphasis: (R, L), factors on
+    what the tokens contribute in cross-attention.
     """
 
     self_rows: Rows | None = None
     cross_rows: Rows | None = None
     cross_keys: Tensor | None = None
+    emphasis: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "SharedRows":
         def moved(rows: Rows | None) -> Rows | None:
             return rows and Rows(rows.kept.to(device), rows.place.to(device))
 
         keys = None if self.cross_keys is None else self.cross_keys.to(device)
-        return SharedRows(moved(self.self_rows), moved(self.cross_rows), keys)
+        emphasis = None if self.emphasis is None else self.emphasis.to(device)
+        return SharedRows(moved(self.self_rows), moved(self.cross_rows), keys, emphasis)
+
+
+@dataclass(frozen=True)
+class CrossLink:
+    """Row `edited` takes the cross-attention of row `source`. alignment (L,) from `align_tokens`; emphasis (L,)."""
+
+    edited: int
+    source: int
+    alignment: Tensor
+    emphasis: Tensor | None = None
 
 
 def shared_rows(
-    count: int, self_links: Sequence[tuple[int, int]], cross_links: Sequence[tuple[int, int, Tensor]], tokens: int
+    count: int, self_links: Sequence[tuple[int, int]], cross_links: Sequence[CrossLink], tokens: int
 ) -> SharedRows:
-    """From links (edited row, source row) for self-attention and (edited row, source row, alignment (L,)) for cross."""
+    """For `count` rows of `tokens` tokens, from links (edited row, source row) of self-attention and of cross."""
     if not cross_links:
         return SharedRows(_rows(count, self_links))
     keys = torch.arange(count * tokens).view(count, tokens)
-    for edited, source, alignment in cross_links:
-        keys[edited] = torch.where(alignment == UNALIGNED, keys[edited], source * tokens + alignment)
-    cross_rows = _rows(count, [(edited, source) for edited, source, _ in cross_links])
-    return SharedRows(_rows(count, self_links), cross_rows, keys)
+    emphasis = torch.ones(count, tokens)
+    for link in cross_links:
+        theirs = link.source * tokens + link.alignment
+        keys[link.edited] = torch.where(link.alignment == UNALIGNED, keys[link.edited], theirs)
+        if link.emphasis is not None:
+            emphasis[link.edited] = link.emphasis
+    cross_rows = _rows(count, [(link.edited, link.source) for link in cross_links])
+    return SharedRows(_rows(count, self_links), cross_rows, keys, None if (emphasis == 1).all() else emphasis)
 
 
 def _rows(count: int, links: Sequence[tuple[int, int]]) -> Rows | None:
@@ -92,6 +111,8 @@ class SharingProcessor:
             key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             if shared.cross_keys is not None:
                 key = key.flatten(0, 1)[shared.cross_keys]
+            if shared.emphasis is not None:  # a factor on a column of the map is a factor on its value
+                value = value * shared.emphasis[..., None].to(value.dtype)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value)
         out = attn.to_out[0](attended.transpose(1, 2).flatten(2))  # to_out[1] is dropout
@@ -104,17 +125,22 @@ def _project(projection: torch.nn.Module, hidden_states: Tensor, rows: Rows | No
     return projection(hidden_states.index_select(0, rows.kept)).index_select(0, rows.place)
 
 
-def align_tokens(source: Sequence[int], edited: Sequence[int], eos: int) -> list[int]:
+def align_tokens(source: Sequence[int], edited: Sequence[int], eos: int, mode: SharingMode) -> list[int] | None:
     """For each token of the edited prompt, the position of the source token that it corresponds to, or UNALIGNED.
 
-    source, edited: padded token ids of one length. Equal blocks correspond one to one, and so do replaced blocks of
-    equal length; padding (all that follows the first `eos`) corresponds to padding.
+    source, edited: padded token ids of one length. In all modes tokens in common correspond, and padding (all that
+    follows the first `eos`) corresponds to padding; in `replace` so do tokens that stand in the place of others, and
+    None is returned where there are more or fewer of them. In `self` nothing corresponds.
     """
     assert len(source) == len(edited), (len(source), len(edited))
     n, m = _content(source, eos), _content(edited, eos)
     alignment = [UNALIGNED] * len(edited)
+    if mode == "self":
+        return alignment
     for tag, i0, i1, j0, j1 in SequenceMatcher(None, source[:n], edited[:m], autojunk=False).get_opcodes():
-        if tag == "equal" or (tag == "replace" and i1 - i0 == j1 - j0):
+        if mode == "replace" and i1 - i0 != j1 - j0:
+            return None
+        if tag == "equal" or mode == "replace":
             alignment[j0:j1] = range(i0, i1)
     if n < len(source):
         alignment[m:] = [max(j, n) for j in range(m, len(edited))]

@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ip2p.diffusion.attention import SharedRows, SharingProcessor, shared_rows
+from ip2p.diffusion.attention import CrossLink, SharedRows, SharingProcessor, shared_rows
 from ip2p.diffusion.guidance import combine
 from ip2p.diffusion.schedule import NoiseSchedule, Solver
 from ip2p.diffusion.solvers import Plan, plan
@@ -33,12 +33,14 @@ class Link:
 
     Self-attention is shared while step / (steps - 1) < self_fraction, cross-attention likewise. alignments: for each
     conditioning (L,) the source's token of each edited token (`align_tokens`), None where the two texts are the same.
+    emphasis: (L,), factors on what the edited tokens contribute where they are aligned.
     """
 
     source: "Trajectory"
     alignments: Sequence[Tensor | None]
     self_fraction: float
     cross_fraction: float
+    emphasis: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -276,7 +278,11 @@ class Engine:
                         self_links.append((edited, source))
                     if shares_cross:
                         alignment = link.alignments[i]
-                        cross_links.append((edited, source, tokens if alignment is None else alignment))
+                        cross_links.append(
+                            CrossLink(edited, source, tokens)
+                            if alignment is None
+                            else CrossLink(edited, source, alignment, link.emphasis)
+                        )
             some = self_links or cross_links
             shared = shared_rows(len(batch.text), self_links, cross_links, len(tokens)) if some else None
             self._shared = (key, shared and shared.to(self.unet.device))

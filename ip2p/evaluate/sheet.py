@@ -1,6 +1,6 @@
 """A contact sheet of pairs, accepted and rejected, from whatever a workspace holds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +35,7 @@ def write_sheet(workspace: Workspace, count: int) -> dict[str, int]:
     return {name: len(pairs) for name, pairs in shown.items()}
 
 
-def render(workspace: Workspace, shown: dict[str, Sequence[dict]]) -> str:
+def render(workspace: Workspace, shown: Mapping[str, Sequence[dict]]) -> str:
     sections = [
         ("Accepted", "The best pair of each caption.", shown["accepted"]),
         ("Rejected", "One of each caption that keeps its rejects (pairs.keep_rejects), with why.", shown["rejected"]),

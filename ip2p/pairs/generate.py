@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ip2p.clip_similarity import ClipSimilarity, similarities
-from ip2p.diffusion.attention import align_tokens
+from ip2p.diffusion.attention import UNALIGNED, align_tokens
 from ip2p.diffusion.engine import Conditioning, Engine, Link, Trajectory
 from ip2p.diffusion.guidance import text_weights
 from ip2p.diffusion.schedule import NoiseSchedule
@@ -22,12 +22,21 @@ from ip2p.models import load_clip, load_text_to_image, resolve_device
 from ip2p.pairs.adaptive import next_round
 from ip2p.pairs.candidates import Candidate, draw_candidate
 from ip2p.pairs.filter import ACCEPTED, NOT_FINITE, SURPLUS, best, quality, tally, verdict
-from ip2p.recipe import Recipe
+from ip2p.recipe import Recipe, SharingMode
 from ip2p.records import INSTRUCTIONS, PAIRS, digest
 
 logger = logging.getLogger(__name__)
 TEXTS_AT_ONCE = 64
 NOTHING: dict[str, Any] = {"candidates": [], "pairs": [], "rejects": [], "unet_samples": 0, "seconds": 0.0}
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """How a caption pair shares attention: the mode that it allows, its alignment (L,) and emphasis (L,), if any."""
+
+    mode: SharingMode
+    alignment: Tensor
+    emphasis: Tensor | None
 
 
 @dataclass(eq=False)
@@ -36,7 +45,7 @@ class _Row:
 
     row: dict[str, Any]
     conditionings: tuple[list[Conditioning], list[Conditioning]]  # (no text, text), before and after
-    alignment: Tensor
+    sharing: "_Sharing"
     clip_texts: Tensor  # (2, D)
     drawn: int = 0
     scores: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -149,12 +158,26 @@ class PairGenerator:
         works = []
         for row in rows:
             before, after = row["original_prompt"], row["edited_prompt"]
-            alignment = align_tokens(tokens[before], tokens[after], self.eos)
+            sharing = self._sharing(tokens[before], tokens[after])
             none = Conditioning(texts[""])
             conditionings = ([none, Conditioning(texts[before])], [none, Conditioning(texts[after])])
             clip_pair = torch.stack([clip_texts[before], clip_texts[after]])
-            works.append(_Row(row, conditionings, torch.tensor(alignment), clip_pair))
+            works.append(_Row(row, conditionings, sharing, clip_pair))
         return works
+
+    def _sharing(self, source: list[int], edited: list[int]) -> _Sharing:
+        """Token ids of the two captions -> the first of the recipe's modes that applies to them."""
+        settings = self.settings.sharing
+        mode, alignment = next(
+            (mode, found)
+            for mode in settings.modes
+            if (found := align_tokens(source, edited, self.eos, mode)) is not None
+        )
+        if settings.emphasis == 1:
+            return _Sharing(mode, torch.tensor(alignment), None)
+        common = align_tokens(source, edited, self.eos, "refine")
+        new = torch.tensor(common) == UNALIGNED
+        return _Sharing(mode, torch.tensor(alignment), torch.where(new, settings.emphasis, 1.0))
 
     def _next_round(self, work: _Row) -> range:
         """Candidates to draw now: none while some are underway, so that a round depends on its own caption alone."""
@@ -182,8 +205,10 @@ class PairGenerator:
             )
             for conditionings in work.conditionings
         )
-        sharing = settings.sharing
-        edited.link = Link(source, [None, work.alignment], sharing.self_attention * p, sharing.cross_attention * p)
+        shared, cross = work.sharing, settings.sharing.cross_attention if work.sharing.mode != "self" else 0.0
+        edited.link = Link(
+            source, [None, shared.alignment], settings.sharing.self_attention * p, cross * p, shared.emphasis
+        )
         return _Draw(work, k, candidate, source, edited)
 
     def _judge(self, draws: list[_Draw]) -> None:
@@ -205,6 +230,7 @@ class PairGenerator:
                 "seed": candidate.seed,
                 "shared_attention_fraction": candidate.shared_attention_fraction,
                 "guidance_scale": candidate.guidance_scale,
+                "sharing": work.sharing.mode,
                 **numbers,
                 "quality": self.settings.quality and quality(numbers, self.settings.quality),
                 "verdict": verdict(numbers, self.settings) if finite[n] else NOT_FINITE,

@@ -4,7 +4,14 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from ip2p.diffusion.attention import UNALIGNED, SharedRows, SharingProcessor, align_tokens, shared_rows
+from ip2p.diffusion.attention import (
+    UNALIGNED,
+    CrossLink,
+    SharedRows,
+    SharingProcessor,
+    align_tokens,
+    shared_rows,
+)
 
 EOS, PAD = 99, 0
 HEADS, HEAD_DIM, TEXT = 2, 4, 6
@@ -42,7 +49,7 @@ def test_self_attention_map_of_the_source_over_the_edited_values():
 def test_cross_attention_map_of_aligned_tokens_over_the_edited_values():
     layer, x, text = attention(cross=True), torch.randn(3, 10, 8), torch.randn(3, 5, TEXT)
     alignment = torch.tensor([0, 2, UNALIGNED, 1, 4])
-    out = SharingProcessor()(layer, x, text, shared=shared_rows(3, [(0, 1)], [(2, 0, alignment)], tokens=5))
+    out = SharingProcessor()(layer, x, text, shared=shared_rows(3, [(0, 1)], [CrossLink(2, 0, alignment)], tokens=5))
     q, k, v = layer.to_q(x), layer.to_k(text), layer.to_v(text)
     keys = torch.stack([k[2, j] if a == UNALIGNED else k[0, a] for j, a in enumerate(alignment.tolist())])
     torch.testing.assert_close(out[2], attend(layer, probabilities(q[0], keys), v[2]), atol=1e-5, rtol=1e-5)
@@ -65,20 +72,35 @@ def padded(*tokens: int, eos: bool = True, pad: int = PAD) -> list[int]:
 
 @pytest.mark.parametrize("pad", [PAD, EOS])
 @pytest.mark.parametrize(
-    ("source", "edited", "expected"),
+    ("source", "edited", "replaced", "refined"),
     [
-        ((5, 6, 7), (5, 6, 7), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
-        ((5, 6, 7), (5, 8, 7), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),  # one word for another
-        ((5, 6, 7), (5, 6, 8, 9, 7), [0, 1, 2, -1, -1, 3, 4, 7, 8, 9]),  # words added
-        ((5, 6, 8, 9, 7), (5, 6, 7), [0, 1, 2, 5, 6, 7, 7, 7, 8, 9]),  # words removed
-        ((5, 6, 7), (5, 8, 9, 7), [0, 1, -1, -1, 3, 4, 6, 7, 8, 9]),  # one word for two
+        ((5, 6, 7), (5, 6, 7), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ((5, 6, 7), (5, 8, 7), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, -1, 3, 4, 5, 6, 7, 8, 9]),  # one word for another
+        ((5, 6, 7), (5, 6, 8, 9, 7), None, [0, 1, 2, -1, -1, 3, 4, 7, 8, 9]),  # words added
+        ((5, 6, 8, 9, 7), (5, 6, 7), None, [0, 1, 2, 5, 6, 7, 7, 7, 8, 9]),  # words removed
+        ((5, 6, 7), (5, 8, 9, 7), None, [0, 1, -1, -1, 3, 4, 6, 7, 8, 9]),  # one word for two
     ],
 )
-def test_alignment(source, edited, expected, pad):
-    assert align_tokens(padded(*source, pad=pad), padded(*edited, pad=pad), EOS) == expected
+def test_alignment(source, edited, replaced, refined, pad):
+    texts = padded(*source, pad=pad), padded(*edited, pad=pad)
+    assert align_tokens(*texts, EOS, "replace") == replaced
+    assert align_tokens(*texts, EOS, "refine") == refined
+    assert align_tokens(*texts, EOS, "self") == [UNALIGNED] * 10
 
 
 def test_alignment_of_a_prompt_that_was_cut():
     cut = [1, 2, 3, 4, 5]
-    assert align_tokens(cut, [1, 2, 3, EOS, PAD], EOS) == [0, 1, 2, UNALIGNED, UNALIGNED]
-    assert align_tokens([1, 2, 3, EOS, PAD], cut, EOS) == [0, 1, 2, UNALIGNED, UNALIGNED]
+    for texts in ((cut, [1, 2, 3, EOS, PAD]), ([1, 2, 3, EOS, PAD], cut)):
+        assert align_tokens(*texts, EOS, "refine") == [0, 1, 2, UNALIGNED, UNALIGNED]
+
+
+def test_emphasis_multiplies_the_map_of_a_word():
+    layer, x, text = attention(cross=True), torch.randn(2, 10, 8), torch.randn(2, 5, TEXT)
+    emphasis = torch.tensor([1, 1, 3.0, 1, 1])
+    links = [CrossLink(1, 0, torch.tensor([0, 1, UNALIGNED, 3, 4]), emphasis)]
+    out = SharingProcessor()(layer, x, text, shared=shared_rows(2, [], links, tokens=5))
+    q, k, v = layer.to_q(x), layer.to_k(text), layer.to_v(text)
+    keys = torch.stack([k[1, 2] if j == 2 else k[0, j] for j in range(5)])
+    maps = probabilities(q[0], keys) * emphasis
+    torch.testing.assert_close(out[1], attend(layer, maps, v[1]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[0], attend(layer, probabilities(q[0], k[0]), v[0]), atol=1e-5, rtol=1e-5)

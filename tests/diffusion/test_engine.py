@@ -50,7 +50,7 @@ def sample(model, prompt, seed, **how) -> Trajectory:
 def pair(model, source_prompt, edited_prompt, seed, self_fraction, cross_fraction, **how) -> list[Trajectory]:
     source, edited = sample(model, source_prompt, seed, **how), sample(model, edited_prompt, seed, **how)
     ids = model.tokenizer([source_prompt, edited_prompt], padding="max_length", max_length=77).input_ids
-    alignment = torch.tensor(align_tokens(*ids, eos=model.tokenizer.eos_token_id))
+    alignment = torch.tensor(align_tokens(*ids, model.tokenizer.eos_token_id, "refine"))
     edited.link = Link(source, [None, alignment], self_fraction, cross_fraction)
     return [source, edited]
 

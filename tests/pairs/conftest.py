@@ -20,7 +20,7 @@ def smallest(tiny_sd, tiny_clip) -> Recipe:
             width=64,
             batch_size=4,
             rows_per_block=2,
-            sharing=Sharing(self_attention=1, cross_attention=1),
+            sharing=Sharing(modes=["replace", "refine"]),
             thresholds=Thresholds(image=-1, direction=-1, agreement=-1),
         ),
     )

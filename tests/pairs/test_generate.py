@@ -6,7 +6,7 @@ import torch
 from ip2p import images
 from ip2p.pairs.candidates import draw_candidate
 from ip2p.pairs.generate import PairGenerator
-from ip2p.recipe import Adaptive, Recipe, Thresholds
+from ip2p.recipe import Adaptive, Recipe, Sharing, Thresholds
 from ip2p.records import INSTRUCTIONS, PAIRS
 
 ROWS = [
@@ -52,6 +52,7 @@ def test_one_row_in_one_row_out(table, generator, smallest: Recipe):
         assert [candidate["seed"] for candidate in row["candidates"]] == [candidate.seed for candidate in drawn]
         assert [c["guidance_scale"] for c in row["candidates"]] == [candidate.guidance_scale for candidate in drawn]
         assert sorted(c["verdict"] for c in row["candidates"]) == ["accepted", "accepted", "surplus"]
+        assert [candidate["sharing"] for candidate in row["candidates"]] == ["refine"] * 3
         assert row["unet_samples"] == 3 * 2 * 2 * 2  # candidates, images, conditionings, steps
         assert row["seconds"] > 0
 
@@ -102,6 +103,27 @@ def test_adaptive_gives_a_hopeless_caption_up(generator):
     hopeless = with_pairs(generator, thresholds=strict, adaptive=Adaptive(round=1, give_up_below=0.4))
     [row] = hopeless(batch(ROWS[:1])).to_pylist()
     assert (row["status"], row["reason"]) == ("rejected", "direction < 1: 1")
+
+
+def test_the_first_mode_that_applies_is_taken_and_recorded(generator):
+    rows = batch([("a", "red dog", "paint it", "tan dog", "ok", ""), ROWS[2]])
+    for modes, expected in ((["replace", "refine"], ["replace", "refine"]), (["self"], ["self", "self"])):
+        table = with_pairs(generator, sharing=Sharing(modes=modes))(rows)
+        assert [row["candidates"][0]["sharing"] for row in table.to_pylist()] == expected
+
+
+def test_emphasis_changes_the_edited_image_alone(table, generator):
+    loud = with_pairs(generator, sharing=Sharing(modes=["replace", "refine"], emphasis=4))
+    row, plain = loud(batch(ROWS[:1])).to_pylist()[0], table.to_pylist()[0]
+    by_seed = {pair["seed"]: pair for pair in plain["pairs"]}
+    both = [(pair, by_seed[pair["seed"]]) for pair in row["pairs"] if pair["seed"] in by_seed]
+    assert both
+    for a, b in both:
+        before, after = (
+            np.abs(images.decode(a[key]).astype(int) - images.decode(b[key])).max()
+            for key in ("original_image", "edited_image")
+        )
+        assert before <= 1 < after
 
 
 def test_rejects_of_some_captions_are_kept_to_look_at(generator):
