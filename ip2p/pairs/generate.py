@@ -168,10 +168,13 @@ class PairGenerator:
     def _sharing(self, source: list[int], edited: list[int]) -> _Sharing:
         """Token ids of the two captions -> the first of the recipe's modes that applies to them."""
         settings = self.settings.sharing
-        alignments: dict[SharingMode, list[int] | None] = {
-            mode: align_tokens(source, edited, self.eos, mode) for mode in settings.modes
-        }
-        mode, alignment = next((mode, found) for mode, found in alignments.items() if found is not None)
+        alignment = None
+        mode: SharingMode = settings.modes[0]
+        for mode in settings.modes:
+            alignment = align_tokens(source, edited, self.eos, mode)
+            if alignment is not None:
+                break
+        assert alignment is not None, "the last mode always applies"
         if settings.emphasis == 1:
             return _Sharing(mode, torch.tensor(alignment), None)
         common = align_tokens(source, edited, self.eos, "refine")
