@@ -1,6 +1,7 @@
 """Stage 2 on a real local Ray: one row per caption, whatever dies on the way."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.cluster_utils import Cluster
 
 from ip2p.pairs.candidates import draw_candidate
 from ip2p.pairs.generate import PairGenerator
-from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Pairs, Recipe, Thresholds
+from ip2p.recipe import Recipe, Sharing
 from ip2p.records import INSTRUCTIONS, PAIRS
 from ip2p.workspace import Workspace
 from jobs import generate_pairs
@@ -24,23 +26,9 @@ REJECTED = ("rejected", "not json")
 
 
 @pytest.fixture
-def recipe(tiny_sd, tiny_clip) -> Recipe:
-    ref = ModelRef(path=str(tiny_sd))
-    return Recipe(
-        name="smallest",
-        device="cpu",
-        models=Models(text_to_image=ref, clip=ClipRef(name=f"local-dir:{tiny_clip}"), llm=ref, editor=ref),
-        captions=GrammarCaptions(),
-        pairs=Pairs(
-            candidates=2,
-            max_pairs=1,
-            steps=1,
-            height=64,
-            width=64,
-            rows_per_block=1,
-            thresholds=Thresholds(image=-1, direction=-1, agreement=-1),
-        ),
-    )
+def recipe(smallest) -> Recipe:
+    fewer = {"candidates": 2, "max_pairs": 1, "steps": 1, "rows_per_block": 1, "sharing": Sharing()}
+    return smallest.model_copy(update={"pairs": smallest.pairs.model_copy(update=fewer)})
 
 
 @pytest.fixture
@@ -123,33 +111,63 @@ def test_a_caption_that_kills_its_worker_is_failed_and_the_job_goes_on(recipe, w
     assert workspace.counts("pairs")["failures"] == {"killed its worker 3 times": 1}
 
 
-@pytest.mark.slow
-def test_a_killed_driver_is_resumed(recipe, tmp_path):
-    """SIGKILL of the job once some rows are committed, then the same command again."""
-    count = 40
-    workspace = Workspace(tmp_path / "run")
-    write_instructions(workspace, count)
-    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+def start_job(recipe: Recipe, workspace: Workspace, **environment: str) -> subprocess.Popen:
+    """The stage in a process of its own."""
+    file = Path(workspace.location, "recipe.json")
+    file.write_text(recipe.model_dump_json())
     code = (
         "import pathlib; from ip2p.recipe import Recipe; from ip2p.workspace import Workspace;"
-        "from cluster.connect import connect; from jobs import generate_pairs;"
-        f"recipe = Recipe.model_validate_json(pathlib.Path({str(tmp_path / 'recipe.json')!r}).read_text());"
-        "connect();"
+        "from jobs import generate_pairs;"
+        f"recipe = Recipe.model_validate_json(pathlib.Path({str(file)!r}).read_text());"
         f"generate_pairs.run(recipe, Workspace({workspace.location!r}))"
     )
-    job = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    deadline = time.monotonic() + 200
-    while len(committed := workspace.files("checkpoints", "pairs")) < 5:
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True, env={**os.environ, **environment})
+
+
+def wait_for_files(job: subprocess.Popen, workspace: Workspace, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while len(committed := workspace.files("checkpoints", "pairs")) < count:
         assert job.poll() is None and time.monotonic() < deadline, committed
         time.sleep(0.1)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    before = files(workspace)
-    assert 0 < len(before) < count
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
+
+
+@pytest.mark.slow
+def test_a_driver_killed_three_times_is_resumed(recipe, tmp_path):
+    """SIGKILL of the job and all its workers at three points, each time the same command again."""
+    count, rng = 40, random.Random(0)
+    workspace = Workspace(tmp_path / "run")
+    write_instructions(workspace, count)
+    for share in (0.1, 0.4, 0.7):
+        job = start_job(recipe, workspace)
+        wait_for_files(job, workspace, int(count * share) + rng.randrange(4))
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        before = files(workspace)
+        assert 0 < len(before) < count
+    assert start_job(recipe, workspace).wait(timeout=300) == 0
     check_complete(workspace, recipe, count)
     kept = before.items() & files(workspace).items()
     assert len(kept) >= len(before) - 2  # a file that was being written is done again
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_takes_no_row_with_it(recipe, tmp_path):
+    """SIGKILL of a raylet, and so of all that runs on its node, in a cluster of a head and two nodes."""
+    count = 24
+    workspace = Workspace(tmp_path / "run")
+    write_instructions(workspace, count)
+    recipe = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"replicas": 2})})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+        cluster.wait_for_nodes()
+        job = start_job(recipe, workspace, RAY_ADDRESS=cluster.address)
+        wait_for_files(job, workspace, 4)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        assert job.wait(timeout=400) == 0
+    finally:
+        cluster.shutdown()
+    check_complete(workspace, recipe, count)
 
 
 def test_what_the_line_of_generate_pairs_says():
