@@ -196,7 +196,7 @@ def curve_section(summary: Summary) -> dict:
     ]
     return {
         "charts": [
-            {"svg": Markup(charts.line_chart(s, x, y, f"{y} against {x}")), "caption": c} for s, x, y, c in drawn
+            {"svg": Markup(charts.line_chart(s, x, y, f"{y} against {x}")), "caption": c} for s, x, y, c in drawn if s
         ],
         "curve_legend": Markup(charts.legend(plane)),
         "trends": trends,

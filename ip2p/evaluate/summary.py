@@ -105,12 +105,14 @@ def summarize(recipe: Recipe, workspace: Workspace) -> Summary:
                 rows, m, "image_guidance_scale", sweep.image_guidance_scale, guidance_scale=sweep.fixed_guidance_scale
             )
             for m in models
+            if len(sweep.image_guidance_scale) > 1  # one value is no curve
         ],
         text_guidance=[
             curve(
                 rows, m, "guidance_scale", sweep.guidance_scale, image_guidance_scale=sweep.fixed_image_guidance_scale
             )
             for m in models
+            if len(sweep.guidance_scale) > 1
         ],
         sdedit=[curve(rows, model, "strength", sweep.sdedit_strengths) for model in SDEDITS if rows],
         seconds={stage: facts["seconds"] for stage, facts in stages.items() if "seconds" in facts},

@@ -187,3 +187,14 @@ def test_a_real_browser_shows_it_without_errors(recipe, workspace, tmp_path, wid
     assert int(loaded) > 90
     assert int(broken) == 0
     assert int(overflow) <= 0, f"the page is {overflow} px wider than a window of {width} px"
+
+
+def test_one_value_of_a_scale_is_no_curve(recipe, workspace):
+    sweep = {"guidance_scale": [4], "image_guidance_scale": [1.5]}
+    single = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=sweep)})
+    summary = write_report(single, workspace)
+    assert summary.image_guidance == summary.text_guidance == []
+    one = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"guidance_scale": [4]})})
+    assert len(write_report(one, workspace).image_guidance) == 2
+    summary = write_report(single, workspace)
+    assert "Do the scales do" not in read(workspace) and "The two guidance scales" in read(workspace)
