@@ -32,7 +32,7 @@ from ip2p.miniature.language_model_data import Texts, draw_rows
 from ip2p.miniature.triplets import consistent, draw_triplet
 
 CONTEXT_LENGTH = 256
-STEPS = 21_000
+STEPS = 24_000
 SHALLOW_LAYERS, LAYERS, DEEPEN_AT = 4, 6, 7400
 EDITED_WEIGHT = 4
 WARMUP_STEPS = 50
