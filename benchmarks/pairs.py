@@ -88,7 +88,8 @@ def measure_protocols(recipe: Recipe, rows: list[Row], processes: int) -> dict[s
     judged: list[Row] = []
     cost: dict[str, float] = {}
     for name, settings in protocols(recipe).items():
-        results = in_processes(recipe.model_copy(update={"pairs": settings}), rows, processes, f"protocol: {name}")
+        blocks = in_processes(recipe.model_copy(update={"pairs": settings}), rows, processes, f"protocol: {name}")
+        results = [result for _, block in blocks for result in block]
         cost[name] = sum(result["unet_samples"] for result in results)
         for row, result in zip(rows, results, strict=True):
             judged += [pair | {"protocol": name, "caption_id": row["caption_id"]} for pair in judge_pairs(row, result)]
@@ -149,16 +150,16 @@ def _load(recipe: Recipe) -> None:
     _generator = PairGenerator(recipe)
 
 
-def _generate(rows: list[Row]) -> list[Row]:
-    return _generator.generate(rows)
+def _generate(rows: list[Row]) -> tuple[float, list[Row]]:
+    results = _generator.generate(rows)
+    return time.time(), results
 
 
-def in_processes(recipe: Recipe, rows: Sequence[Row], processes: int, what: str) -> list[Row]:
-    """What PAIRS has beyond the rows, by bare engines of one thread each."""
-    chunks = [list(rows[at : at + ROWS_AT_ONCE]) for at in range(0, len(rows), ROWS_AT_ONCE)]
+def in_processes(recipe: Recipe, rows: Sequence[Row], processes: int, what: str) -> list[tuple[float, list[Row]]]:
+    """(time when done, what PAIRS has beyond the rows) of each block of rows, by bare engines of one thread each."""
+    blocks = [list(rows[at : at + ROWS_AT_ONCE]) for at in range(0, len(rows), ROWS_AT_ONCE)]
     with ProcessPoolExecutor(processes, get_context("spawn"), _load, (recipe,)) as pool:
-        done = track(pool.map(_generate, chunks), what, len(chunks), console=Console(stderr=True))
-        return [result for chunk in done for result in chunk]
+        return list(track(pool.map(_generate, blocks), what, len(blocks), console=Console(stderr=True)))
 
 
 # ---- throughput ----
@@ -271,7 +272,8 @@ def measure_job(recipe: Recipe, rows: list[Row], processes: int) -> dict[str, fl
     """Candidates/s of jobs.generate_pairs against as many bare engines, without what each needs to start."""
     settings = recipe.pairs.model_copy(update={"replicas": processes, "rows_per_block": ROWS_AT_ONCE})
     recipe = recipe.model_copy(update={"pairs": settings})
-    bare = steady_rate(timed_bare(recipe, rows, processes), processes)
+    blocks = in_processes(recipe, rows, processes, "bare engines")
+    bare = steady_rate([(when, sum(len(row["candidates"]) for row in block)) for when, block in blocks], processes)
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(folder)
         write_instructions(workspace, rows)
@@ -283,18 +285,6 @@ def measure_job(recipe: Recipe, rows: list[Row], processes: int) -> dict[str, fl
     table.caption = f"the job makes {job / bare:.0%} of the bare engines' candidates"
     Console().print(table)
     return {"job_over_engine": job / bare, "candidates_per_second_job": job, "candidates_per_second_bare": bare}
-
-
-def timed_bare(recipe: Recipe, rows: Sequence[Row], processes: int) -> list[tuple[float, int]]:
-    """(time, candidates) of each block of rows as it is finished."""
-    chunks = [list(rows[at : at + ROWS_AT_ONCE]) for at in range(0, len(rows), ROWS_AT_ONCE)]
-    with ProcessPoolExecutor(processes, get_context("spawn"), _load, (recipe,)) as pool:
-        return list(pool.map(_timed, chunks))
-
-
-def _timed(rows: list[Row]) -> tuple[float, int]:
-    count = sum(len(result["candidates"]) for result in _generate(rows))
-    return time.time(), count
 
 
 def blocks_written(workspace: Workspace) -> list[tuple[float, int]]:

@@ -25,9 +25,9 @@ from ip2p.workspace import Workspace
 
 TASK_CPUS = 0.2
 CHECKPOINT_FILTER_BYTES = 64 * 2**20  # at least; Ray asks for more when the ids need more
-RESTARTS = (
-    100  # of each generator: captions that kill it are given up long before; one that can't start is not tried on
-)
+# Of each generator: captions that kill it are given up long before, and one that can't start must not try for ever.
+RESTARTS = 100
+REJECTED = "rejected: "  # what a count of candidates by reason begins with
 
 
 def run(recipe: Recipe, workspace: Workspace) -> None:
@@ -87,13 +87,13 @@ def count(rows: pa.Table) -> dict[str, float]:
     """What `Tally` is told of some rows of PAIRS."""
     found = funnel(rows.select(COLUMNS).to_batches())
     told = {name: found[name] for name in ("captions", "candidates", "accepted", "pairs", "failed", "unet_samples")}
-    reasons = {f"rejected: {reason}": number for reason, number in found["not_accepted"].items()}
+    reasons = {REJECTED + reason: number for reason, number in found["not_accepted"].items()}
     return {**told, "device_seconds": found["device_seconds"], **reasons}
 
 
 def progress_line(counts: Counter[str], seconds: float, to_do: int, devices: int) -> str:
     """`counts` as `count` gives them, of the first `seconds` of a run."""
-    rejected = Counter({name[10:]: n for name, n in counts.items() if name.startswith("rejected: ")})
+    rejected = Counter({name.removeprefix(REJECTED): n for name, n in counts.items() if name.startswith(REJECTED)})
     share = {name: n / max(counts["candidates"], 1) for name, n in rejected.most_common(3)}
     return (
         f"{counts['captions']:,} of {to_do:,} captions, {counts['pairs']:,} pairs ({counts['pairs'] / seconds:.1f}/s, "

@@ -6,7 +6,7 @@ trajectory becomes does not depend on its neighbours.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -135,24 +135,13 @@ class Engine:
         groups: dict[int, list[Trajectory]] = {}
         for trajectory in trajectories:
             groups.setdefault(id(_root(trajectory)), []).append(trajectory)
-        for finished in self.stream(groups.values()):
-            if progress is not None:
+        for group in groups.values():
+            self.add(*group)
+        while len(self):
+            finished = self.step()
+            if finished and progress is not None:
                 progress(len(finished))
         return [trajectory.latents for trajectory in trajectories]
-
-    def stream(self, groups: Iterable[Sequence[Trajectory]]) -> Iterator[list[Trajectory]]:
-        """Run groups (see `add`), taken only as there is room; yields those that finish at each step where any does."""
-        source = iter(groups)
-        exhausted = False
-        while not exhausted or len(self):
-            while not exhausted and len(self) < self.batch_size:
-                group = next(source, None)
-                if group is None:
-                    exhausted = True
-                else:
-                    self.add(*group)
-            if finished := self.step():
-                yield finished
 
     @torch.inference_mode()
     def step(self) -> list[Trajectory]:

@@ -47,7 +47,7 @@ def accepted_pairs(workspace: Workspace) -> list[dict]:
     ids = table.filter(pc.equal(table["status"], "ok"))["caption_id"].to_pylist()  # pyright: ignore
     chosen = sorted(ids, key=in_order)[:SHOWN_PAIRS]
     rows = sorted(read_captions(workspace, chosen, "pairs"), key=lambda row: in_order(row["caption_id"]))
-    return [pair_view(row, max(row["pairs"], key=lambda pair: pair["clip_sim_dir"]), tags=[]) for row in rows]
+    return [pair_view(row, row["pairs"][0], tags=[]) for row in rows]
 
 
 def in_order(caption_id: str) -> int:

@@ -11,7 +11,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def explode(rows: pa.Table) -> list[dict[str, Any]]:
-    """Rows of PAIRS -> rows of DATASET, those of one caption in order of their direction, best first.
+    """Rows of PAIRS -> rows of DATASET, those of one caption the best first.
 
     pair_id is `<caption_id>-<seed>`: the same for the same pair in every export.
     """

@@ -216,18 +216,14 @@ def test_serving_adds_steps_and_removes(model):
     torch.testing.assert_close(third.latents, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_waiting_groups_are_drawn_only_as_there_is_room(model):
-    drawn = []
-
-    def groups():
-        for seed in range(6):
-            drawn.append(seed)
-            yield pair(model, *PROMPTS, seed, 0.5, 0.5, steps=2)
-
-    stream = engine_of(model, 4).stream(groups())
-    assert len(next(stream)) == 4
-    assert len(drawn) == 2
-    assert sum(len(finished) for finished in stream) == 8
+def test_waiting_groups_join_as_there_is_room(model):
+    engine = engine_of(model, 4)
+    for seed in range(3):
+        engine.add(*pair(model, *PROMPTS, seed, 0.5, 0.5, steps=2))
+    found = []
+    while len(engine):
+        found.append((len(engine.step()), engine.unet_samples))
+    assert found == [(0, 8), (4, 16), (0, 20), (2, 24)]  # two conditionings each
 
 
 def test_half_precision_unet_keeps_float32_latents(model):
