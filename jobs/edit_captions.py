@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray
+from pydantic import BaseModel, Field
 from ray.data import DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
@@ -40,9 +41,17 @@ CPU_ENVIRONMENT = {
 }
 
 
-def run(recipe: Recipe, workspace: Workspace) -> None:
-    """Write `instructions/`. The same call goes on where a killed one stopped, and costs nothing when all is done."""
+class Flags(BaseModel):
+    overwrite: bool = Field(False, description="make instructions/ anew, and remove what was made from it")
+
+
+def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
+    """Write `instructions/`. The same call goes on where a killed one stopped, and costs nothing when all is done.
+
+    Raises `ValueError` when `instructions/` was begun with another recipe.
+    """
     started = time.perf_counter()
+    workspace.claim("instructions", decisive(recipe), overwrite)
     counts: dict[str, Any] = write_captions(recipe, workspace)
     left = len(ids(workspace, "captions") - ids(workspace, "instructions"))
     print(f"edit_captions: {counts['captions']} captions, {left} to do, {counts['duplicates']} duplicates left out")
@@ -56,6 +65,18 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
         "edit_captions", recipe=recipe.model_dump(mode="json"), seconds=time.perf_counter() - started, **counts
     )
     show(rows, counts)
+
+
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that decide what becomes of a caption; others say how fast, or how many captions."""
+    keys = recipe.model_dump(
+        mode="json", include={"seed": True, "models": {"llm"}, "captions": True, "instructions": True}
+    )
+    for how_many in ("count", "limit"):
+        keys["captions"].pop(how_many, None)
+    for how_fast in ("batch_size", "replicas", "max_model_len", "engine"):
+        del keys["instructions"][how_fast]
+    return keys
 
 
 def write_captions(recipe: Recipe, workspace: Workspace) -> dict[str, int]:
@@ -274,9 +295,10 @@ def show(rows: list[dict[str, Any]], counts: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=("workspace", "captions", "models.llm"))
+    needs = ("workspace", "captions", "models.llm")
+    recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
-    run(recipe, workspace)
+    run(recipe, workspace, flags.overwrite)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from pydantic import BaseModel, Field
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
@@ -30,17 +31,22 @@ RESTARTS = 100
 REJECTED = "rejected: "  # what a count of candidates by reason begins with
 
 
-def run(recipe: Recipe, workspace: Workspace) -> None:
+class Flags(BaseModel):
+    overwrite: bool = Field(False, description="make pairs/ anew, and remove what was made from it")
+
+
+def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
     """Write `pairs/`. The same call goes on where a killed one stopped, and costs nothing when all is done.
 
-    Raises `ValueError` when there are no instructions.
+    Raises `ValueError` when there are no instructions, and when `pairs/` was begun with another recipe.
     """
-    if workspace.done("pairs"):
-        print(f"generate_pairs: {workspace.uri('pairs')} is complete; remove it and checkpoints/pairs to make it anew")
-        print(show(workspace.counts("pairs")))
-        return
     if not workspace.done("instructions"):
         raise ValueError(f"{workspace.uri('instructions')} is not complete: run jobs.edit_captions first")
+    workspace.claim("pairs", decisive(recipe), overwrite)
+    if workspace.done("pairs"):
+        print(f"generate_pairs: {workspace.uri('pairs')} is complete; --overwrite makes it anew")
+        print(show(workspace.counts("pairs")))
+        return
     started = time.perf_counter()
     connect()
     generate(recipe, workspace)
@@ -49,6 +55,16 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     workspace.mark_done("pairs", **counts)
     workspace.record("generate_pairs", recipe=recipe.model_dump(mode="json"), seconds=round(seconds, 3), **counts)
     print(f"generate_pairs: done in {seconds:.0f} s\n{show(counts)}")
+
+
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that decide what becomes of a caption; the others say how fast."""
+    keys = recipe.model_dump(mode="json", include={"seed", "models", "pairs"})
+    for other in ("llm", "editor"):
+        del keys["models"][other]
+    for how_fast in ("batch_size", "replicas", "rows_per_block", "keep_rejects"):
+        del keys["pairs"][how_fast]
+    return keys
 
 
 def generate(recipe: Recipe, workspace: Workspace) -> None:
@@ -136,9 +152,9 @@ def read_pairs(workspace: Workspace) -> Iterator[pa.RecordBatch]:
 
 def main(argv: list[str] | None = None) -> None:
     needs = ("workspace", "models.text_to_image", "models.clip")
-    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=needs)
+    recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
-    run(recipe, workspace)
+    run(recipe, workspace, flags.overwrite)
 
 
 if __name__ == "__main__":

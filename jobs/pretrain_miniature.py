@@ -41,7 +41,7 @@ class Steps(BaseModel):
     autoencoder: int = 1300
     text_encoder: int = 1500
     text_to_image: int = 9000
-    clip: int = 1600
+    clip: int = 3000
     language_model: int = language_model.STEPS
     editor: int = 12200
 

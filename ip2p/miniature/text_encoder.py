@@ -42,6 +42,7 @@ NOT_ASKED = -100  # the answer that cross-entropy leaves out
 
 # What can be asked, as subject -> question -> possible answers; each subject is one query of the attention.
 Questions = dict[str, dict[str, tuple]]
+Told = dict[str, dict[str, str]]  # subject -> question -> answer
 THING = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 CAPTION_QUESTIONS: Questions = {
     **{place: {"holds": ("nothing", "a thing", "unsaid"), **THING} for place in PLACES},
@@ -101,7 +102,7 @@ class Reader(nn.Module):
         return logits
 
 
-def _indices(questions: Questions, told: Sequence[dict[str, dict[str, str]]]) -> dict[tuple[str, str], Tensor]:
+def indices(questions: Questions, told: Sequence[Told]) -> dict[tuple[str, str], Tensor]:
     """Answers as class indices (B,); what a text is not asked is NOT_ASKED."""
     return {
         (subject, question): torch.tensor(
@@ -115,7 +116,7 @@ def _indices(questions: Questions, told: Sequence[dict[str, dict[str, str]]]) ->
     }
 
 
-def told_by_caption(description: Description) -> dict[str, dict[str, str]]:
+def told_by_caption(description: Description) -> Told:
     """What a reader of the caption should answer."""
     scene, unsaid = description.scene, description.unsaid
 
@@ -132,7 +133,7 @@ def told_by_caption(description: Description) -> dict[str, dict[str, str]]:
     return things | {"setting": {"background": background, "look": scene.look}}
 
 
-def told_by_instruction(text: str) -> dict[str, dict[str, str]]:
+def told_by_instruction(text: str) -> Told:
     """What a reader of the instruction should answer: only what its words say, whatever the scene."""
     slots = read_slots(text)
     said: dict[str, dict[str, str]] = defaultdict(dict)
@@ -159,8 +160,8 @@ def train_text_encoder(run: Run, tokenizer: CLIPTokenizer, *, steps: int, batch_
         captions = draw_captions(rng, draw_scenes(rng, count, kept_out))
         instructions = [draw_triplet(rng, held_out=kept_out).instruction for _ in range(count)]
         told = {
-            "caption": _indices(CAPTION_QUESTIONS, [told_by_caption(read_caption(text)) for text in captions]),
-            "instruction": _indices(INSTRUCTION_QUESTIONS, [told_by_instruction(text) for text in instructions]),
+            "caption": indices(CAPTION_QUESTIONS, [told_by_caption(read_caption(text)) for text in captions]),
+            "instruction": indices(INSTRUCTION_QUESTIONS, [told_by_instruction(text) for text in instructions]),
         }
         states = encoder(tokenize(tokenizer, captions + instructions).to(run.device)).last_hidden_state
         return [

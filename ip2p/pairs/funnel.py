@@ -17,8 +17,8 @@ def funnel(batches: Iterable[pa.RecordBatch]) -> dict[str, Any]:
     """Counts over rows of PAIRS.
 
     captions -> instructions (those that came with one) -> candidates -> accepted -> pairs (the best of each caption);
-    captions_with_pairs, failed (captions), unet_samples, device_seconds; `no_instruction`, `not_accepted` and
-    `failures` are counts by reason, most frequent first.
+    captions_with_pairs, failed (captions), unet_samples, device_seconds, both also for each pair (None where there is
+    none); `no_instruction`, `not_accepted` and `failures` are counts by reason, most frequent first.
     """
     counts: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
@@ -53,6 +53,8 @@ def funnel(batches: Iterable[pa.RecordBatch]) -> dict[str, Any]:
         "failed": failures.total(),
         "unet_samples": counts["unet_samples"],
         "device_seconds": round(seconds, 3),
+        "unet_samples_per_pair": round(counts["unet_samples"] / pairs, 1) if pairs else None,
+        "device_seconds_per_pair": round(seconds / pairs, 4) if pairs else None,
         "no_instruction": dict(no_instruction.most_common()),
         "not_accepted": dict(verdicts.most_common()),
         "failures": dict(failures.most_common()),
@@ -72,7 +74,13 @@ def show(counts: dict[str, Any]) -> str:
         (counts["pairs"] - counts["accepted"], "beyond the best of their caption"),
         (counts["pairs"], f"pairs, of {counts['captions_with_pairs']} captions"),
     ]
-    return "\n".join(f"{n:10d}  {'  ' * (n < 0)}{what}" for n, what in lines)
+    shown = [f"{n:10d}  {'  ' * (n < 0)}{what}" for n, what in lines]
+    if counts["pairs"]:
+        cost = (
+            f"{counts['unet_samples_per_pair']:,} UNet samples, {counts['device_seconds_per_pair']:.2f} device-seconds"
+        )
+        shown.append(f"each pair cost {cost}")
+    return "\n".join(shown)
 
 
 def _counts(values: pa.Array) -> dict[str, int]:

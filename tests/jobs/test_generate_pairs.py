@@ -70,7 +70,8 @@ def test_whole_stage_then_nothing_more_to_do(recipe, workspace, local_ray, capsy
     counts = workspace.counts("pairs")
     assert (counts["captions"], counts["instructions"], counts["candidates"], counts["pairs"]) == (6, 5, 10, 5)
     assert counts["no_instruction"] == {"not json": 1}
-    assert workspace.run()["stages"]["generate_pairs"]["pairs"] == 5
+    recorded = workspace.run()["stages"]["generate_pairs"]
+    assert (recorded["pairs"], recorded["unet_samples_per_pair"]) == (5, counts["unet_samples"] / 5)
     assert "5  pairs, of 5 captions" in capsys.readouterr().out
 
     before = files(workspace)
@@ -82,6 +83,13 @@ def test_whole_stage_then_nothing_more_to_do(recipe, workspace, local_ray, capsy
     generate_pairs.run(recipe, workspace)
     assert files(workspace) == before
     assert workspace.counts("pairs") == counts
+
+    # Another recipe has no place in it, but how fast is nobody's business.
+    changed = recipe.pairs.model_copy(update={"candidates": 1, "batch_size": 2})
+    with pytest.raises(ValueError, match=r"begun with another recipe \(pairs\.candidates: 2 then, 1 now\)"):
+        generate_pairs.run(recipe.model_copy(update={"pairs": changed}), workspace)
+    generate_pairs.run(recipe.model_copy(update={"pairs": changed}), workspace, overwrite=True)
+    assert workspace.counts("pairs")["candidates"] == 5
 
 
 @pytest.mark.slow

@@ -37,12 +37,17 @@ def test_every_caption_and_candidate_is_counted_once():
         "failed": 1,
         "unet_samples": 80,
         "device_seconds": 12.0,
+        "unet_samples_per_pair": 26.7,
+        "device_seconds_per_pair": 4.0,
         "no_instruction": {"not json": 1, "engine died": 1},
         "not_accepted": {"image < 0.7": 3, "direction < 0.2": 1},
         "failures": {"ValueError: no": 1},
     }
     assert "3  pairs, of 2 captions" in show(counts)
-    assert funnel([])["captions"] == 0
+    assert "each pair cost 26.7 UNet samples, 4.00 device-seconds" in show(counts)
+    nothing = funnel([])
+    assert (nothing["captions"], nothing["unet_samples_per_pair"]) == (0, None)
+    assert "cost" not in show(nothing)
 
 
 def test_a_rejection_with_a_text_but_no_candidate_came_without_an_instruction():
