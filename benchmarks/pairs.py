@@ -78,7 +78,7 @@ def protocols(recipe: Recipe) -> dict[str, Pairs]:
     """The paper's 100 candidates ranked by direction, and rounds judged by quality, of the same candidates."""
     if recipe.pairs.quality is None:
         raise ValueError("pairs.quality: missing; `python -m jobs.calibrate` finds it")
-    fixed = {"candidates": 100, "adaptive": None, "quality": None}
+    fixed = {"candidates": 100, "adaptive": None, "quality": None, "early_look": None}
     adaptive = {"candidates": 100, "adaptive": recipe.pairs.adaptive or Adaptive()}
     return {name: recipe.pairs.model_copy(update=update) for name, update in (("fixed", fixed), ("adaptive", adaptive))}
 

@@ -143,6 +143,15 @@ class Instructions(Section):
 SharingMode = Literal["self", "replace", "refine"]
 
 
+class LocalBlend(Section):
+    """Keep the source where the words that differ do not look (Prompt-to-Prompt's local editing); writes masks."""
+
+    threshold: Fraction = Field(
+        default=0.3, description="share of the attention map's maximum from which on a place may change"
+    )
+    start: Fraction = Field(default=0.2, description="share of the steps before the maps are trusted")
+
+
 class Sharing(Section):
     """What the edited image takes over from the source's attention while step / (steps - 1) < multiplier * p.
 
@@ -162,6 +171,9 @@ class Sharing(Section):
     emphasis: Annotated[float, Field(gt=0)] = Field(
         default=1.0,
         description="factor on the cross-attention to words of the edited caption alone, while it is shared (reweight)",
+    )
+    blend: LocalBlend | None = Field(
+        default=None, description="change only what the words that differ look at, and write its mask; null: anything"
     )
 
     @model_validator(mode="after")
@@ -210,6 +222,16 @@ class Adaptive(Section):
     give_up_below: Fraction = Field(
         default=0.1, description="acceptance rate to be expected of further candidates below which they are not drawn"
     )
+    follow_fraction: bool = Field(
+        default=True, description="draw p nearer to those that were accepted for the caption pair than to the others"
+    )
+
+
+class EarlyLook(Section):
+    """Look at the predicted images part-way, and drop candidates that will hardly be accepted. Needs `quality`."""
+
+    at: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.5, description="share of the steps after which to look")
+    drop_below: Fraction = Field(description="quality of the images predicted then below which a candidate is dropped")
 
 
 class Pairs(Section):
@@ -219,6 +241,7 @@ class Pairs(Section):
     adaptive: Adaptive | None = Field(
         default=None, description="draw no more candidates than are needed; null: always all, the paper's protocol"
     )
+    early_look: EarlyLook | None = Field(default=None, description="drop hopeless candidates part-way; null: never")
     max_pairs: Positive = Field(default=4, description="accepted pairs kept for each caption pair, the best first")
     steps: Positive = Field(default=100, description="denoising steps")
     solver: Solver = Field(default="euler_ancestral", description="how a denoising step is taken")
@@ -238,6 +261,12 @@ class Pairs(Section):
     keep_rejects: Fraction = Field(
         default=0.01, description="share of captions of which rejected candidates are kept, up to max_pairs, to look at"
     )
+
+    @model_validator(mode="after")
+    def _early_look_has_a_measure(self):
+        if self.early_look and not self.quality:
+            raise ValueError("early_look compares pairs.quality, and there is none: set it, or leave early_look out")
+        return self
 
 
 class Dataset(Section):

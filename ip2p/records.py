@@ -38,7 +38,8 @@ SCORES = {
     "verdict": pa.string(),
 }
 CANDIDATE = pa.struct(SCORES)
-PAIR = pa.struct({**SCORES, "original_image": pa.binary(), "edited_image": pa.binary()})
+# mask: white where the edited image may differ from the original; null without `pairs.sharing.blend`.
+PAIR = pa.struct({**SCORES, "original_image": pa.binary(), "edited_image": pa.binary(), "mask": pa.binary()})
 
 PAIRS = pa.schema(
     [
@@ -71,6 +72,7 @@ DATASET = pa.schema(
         "clip_sim_dir": pa.float32(),
         "clip_sim_image": pa.float32(),
         "quality": pa.float32(),
+        "mask": IMAGE,
     }
 )
 

@@ -58,6 +58,20 @@ class CrossLink:
     emphasis: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Rows whose attention to some tokens is wanted: each cross-attention layer adds a map (W, N) to `maps`."""
+
+    rows: Tensor  # (W,)
+    tokens: Tensor  # (W, L) float: 1 for those
+    maps: list[Tensor]
+
+    def see(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """(R, heads, N, d), (R, heads, L, d): mean over heads of the attention to the tokens, together."""
+        probabilities = (query[self.rows] @ key[self.rows].mT * scale).softmax(-1)
+        self.maps.append((probabilities.float().mean(1) @ self.tokens[..., None])[..., 0])
+
+
 def shared_rows(
     count: int, self_links: Sequence[tuple[int, int]], cross_links: Sequence[CrossLink], tokens: int
 ) -> SharedRows:
@@ -88,7 +102,8 @@ def _rows(count: int, links: Sequence[tuple[int, int]]) -> Rows | None:
 class SharingProcessor:
     """Attention processor of diffusers' UNet: plain attention, but for rows that share another row's queries and keys.
 
-    It has no state: `unet(..., cross_attention_kwargs={"shared": SharedRows})` says which rows do.
+    It has no state: `unet(..., cross_attention_kwargs={"shared": SharedRows, "watch": Watch})` says which rows do, and
+    of which rows maps are wanted.
     """
 
     def __call__(
@@ -98,6 +113,7 @@ class SharingProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         shared: SharedRows | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """attn: diffusers' Attention; hidden_states (R, N, C); encoder_hidden_states (R, L, D), if any -> (R, N, C)."""
         assert attn.group_norm is None and attn.spatial_norm is None and attention_mask is None
@@ -114,6 +130,8 @@ class SharingProcessor:
             if shared.emphasis is not None:  # a factor on a column of the map is a factor on its value
                 value = value * shared.emphasis[..., None].to(value.dtype)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        if watch is not None and encoder_hidden_states is not None:
+            watch.see(query, key, attn.scale)
         attended = F.scaled_dot_product_attention(query, key, value)
         out = attn.to_out[0](attended.transpose(1, 2).flatten(2))  # to_out[1] is dropout
         return out / attn.rescale_output_factor

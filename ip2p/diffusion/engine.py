@@ -13,7 +13,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ip2p.diffusion.attention import CrossLink, SharedRows, SharingProcessor, shared_rows
+from ip2p.diffusion.attention import CrossLink, SharedRows, SharingProcessor, Watch, shared_rows
+from ip2p.diffusion.blend import Blend, blend_mask, layer_mean
 from ip2p.diffusion.guidance import combine
 from ip2p.diffusion.schedule import NoiseSchedule, Solver
 from ip2p.diffusion.solvers import Plan, plan
@@ -33,7 +34,7 @@ class Link:
 
     Self-attention is shared while step / (steps - 1) < self_fraction, cross-attention likewise. alignments: for each
     conditioning (L,) the source's token of each edited token (`align_tokens`), None where the two texts are the same.
-    emphasis: (L,), factors on what the edited tokens contribute where they are aligned.
+    emphasis: (L,), factors on what the edited tokens contribute where they are aligned. blend: local editing.
     """
 
     source: "Trajectory"
@@ -41,6 +42,7 @@ class Link:
     self_fraction: float
     cross_fraction: float
     emphasis: Tensor | None = None
+    blend: Blend | None = None
 
 
 @dataclass(eq=False)
@@ -62,6 +64,8 @@ class Trajectory:
     step: int = field(init=False)  # the next one to take
     denoised: Tensor | None = field(init=False, default=None)  # x0 as last predicted, (C, H, W): for previews
     unet_samples: int = field(init=False, default=0)
+    attention: Tensor | None = field(init=False, default=None)  # with a blend: gathered maps (2, H, W), source and own
+    mask: Tensor | None = field(init=False, default=None)  # with a blend: (H, W) bool, what may differ from the source
 
     def __post_init__(self):
         self.step = self.start
@@ -85,6 +89,8 @@ class _Batch:
     weights: Tensor  # (n, S) float32
     text: Tensor  # (R, L, D)
     image_latents: Tensor | None  # (R, C, H, W)
+    blended: list[int]  # samples with a blend
+    watched: tuple[Tensor, Tensor] | None  # of each of these, two rows and their tokens: source, own
     row_of: dict[tuple[int, int], int]  # (id of trajectory, conditioning) -> row
 
 
@@ -153,13 +159,18 @@ class Engine:
         self._batch = batch
         plans = [plan(self.schedule, t.solver, t.steps) for t in self.active]
         latents = torch.stack([t.latents for t in self.active])
-        output = self._predict(batch, plans, latents)
+        watch = batch.watched and Watch(*batch.watched, [])
+        output = self._predict(batch, plans, latents, watch)
         self._advance(plans, latents, combine(output, batch.rows, batch.weights))
+        if watch:
+            self._blend([self.active[n] for n in batch.blended], layer_mean(watch.maps, *latents.shape[2:]))
+        for trajectory in self.active:
+            trajectory.step += 1
         finished = [t for t in self.active if t.finished]
         self._keep([t for t in self.active if not t.finished])
         return finished
 
-    def _predict(self, batch: _Batch, plans: list[Plan], latents: Tensor) -> Tensor:
+    def _predict(self, batch: _Batch, plans: list[Plan], latents: Tensor, watch: Watch | None) -> Tensor:
         """(n, C, H, W) -> the UNet's output for all rows, (R, C, H, W) float32."""
         timesteps = torch.stack([p.timesteps[t.step] for p, t in zip(plans, self.active)])
         sample = latents[batch.owner]
@@ -171,7 +182,7 @@ class Engine:
             sample.to(self.unet.dtype),
             timesteps.to(self.unet.device)[batch.owner],
             batch.text,
-            cross_attention_kwargs=None if shared is None else {"shared": shared},
+            cross_attention_kwargs={"shared": shared, "watch": watch} if shared or watch else None,
             return_dict=False,
         )[0].float()
 
@@ -191,7 +202,16 @@ class Engine:
         for trajectory, z, prediction in zip(self.active, latents, x0):
             trajectory.latents, trajectory.denoised = z, prediction
             trajectory.unet_samples += len(self._slots[id(trajectory)])
-            trajectory.step += 1
+
+    def _blend(self, blended: list[Trajectory], maps: Tensor) -> None:
+        """maps: (2n, H, W), of source and edited sample in turn."""
+        for trajectory, seen in zip(blended, maps.unflatten(0, (-1, 2))):
+            assert trajectory.link is not None and trajectory.link.blend is not None
+            blend, source = trajectory.link.blend, trajectory.link.source
+            trajectory.attention = seen if trajectory.attention is None else trajectory.attention + seen
+            if trajectory.progress >= blend.start:
+                trajectory.mask = blend_mask(trajectory.attention, blend.threshold)
+                trajectory.latents = torch.where(trajectory.mask, trajectory.latents, source.latents)
 
     def _noise(self, spread: Tensor) -> Tensor:
         """(n, C, H, W) on the CPU; zeros where a solver asks for none."""
@@ -238,7 +258,10 @@ class Engine:
             none = torch.zeros(self.unet.config["in_channels"] - shape[0], *shape[1:])
             images = [none if c.image_latents is None else c.image_latents for c in conditionings]
             image_latents = torch.stack([image.to(device, torch.float32) for image in images])
+        blended = [n for n, t in enumerate(self.active) if t.link is not None and t.link.blend is not None]
         return _Batch(
+            blended=blended,
+            watched=self._watched(blended, row_of),
             owner=torch.tensor([n for n, _ in pairs], device=device),
             rows=torch.tensor(rows, device=device),
             weights=torch.tensor(weights, device=device),
@@ -246,6 +269,20 @@ class Engine:
             image_latents=image_latents,
             row_of=row_of,
         )
+
+    def _watched(self, blended: list[int], row_of: dict[tuple[int, int], int]) -> tuple[Tensor, Tensor] | None:
+        """Rows (2n,) and tokens (2n, L) of source and edited sample in turn, where they are told different texts."""
+        rows, tokens = [], []
+        for n in blended:
+            link = self.active[n].link
+            assert link is not None and link.blend is not None
+            text = next(i for i, alignment in enumerate(link.alignments) if alignment is not None)
+            rows += [row_of[id(link.source), text], row_of[id(self.active[n]), text]]
+            tokens += [link.blend.source_tokens, link.blend.edited_tokens]
+        if not rows:
+            return None
+        device = self.unet.device
+        return torch.tensor(rows, device=device), torch.stack(tokens).to(device, torch.float32)
 
     def _share(self, batch: _Batch) -> SharedRows | None:
         """Rows that share attention at this step; the last answer is kept, since phases seldom change."""

@@ -58,7 +58,7 @@ class PairTruth:
         self.recipe = recipe
         count = recipe.evaluate.pair_candidates
         # All candidates are kept, with their images; the recipe's own filter gives the verdicts afterwards.
-        everything = {"thresholds": EVERYTHING, "quality": None, "adaptive": None}
+        everything = {"thresholds": EVERYTHING, "quality": None, "adaptive": None, "early_look": None}
         drawn = recipe.pairs.model_copy(update={"candidates": count, "max_pairs": count, **everything})
         self.shared = PairGenerator(recipe.model_copy(update={"pairs": drawn}))
         self.plain = copy.copy(self.shared)

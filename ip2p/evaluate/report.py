@@ -137,8 +137,8 @@ def funnel_note(summary: Summary) -> str:
     note = f"{funnel.pairs:,} pairs kept"
     if funnel.examples:
         note += " (" + ", ".join(f"{split} {count:,}" for split, count in funnel.examples.items()) + ")"
-    if funnel.seconds_per_pair:
-        note += f"; a kept pair cost {funnel.seconds_per_pair:.2g} s"
+    if funnel.device_seconds_per_pair:
+        note += f"; a kept pair cost {funnel.device_seconds_per_pair:.2g} s"
     if funnel.unet_samples_per_pair:
         note += f" and {funnel.unet_samples_per_pair:,.0f} UNet samples"
     return note + "."

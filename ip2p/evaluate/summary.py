@@ -38,7 +38,7 @@ class Funnel:
     failures: dict[str, int]
     not_accepted: dict[str, int]
     examples: dict[str, int]  # rows of each split of the dataset
-    seconds_per_pair: float | None  # of a device
+    device_seconds_per_pair: float | None
     unet_samples_per_pair: float | None
 
 
@@ -132,7 +132,6 @@ def summarize_funnel(workspace: Workspace) -> Funnel | None:
     if not workspace.exists("pairs"):
         return None
     counts = funnel(workspace.read_table("pairs", columns=COLUMNS).to_batches())
-    pairs = counts["pairs"]
     names = {field.name for field in fields(Funnel)} & counts.keys()
     return Funnel(
         **{name: counts[name] for name in names},
@@ -141,8 +140,6 @@ def summarize_funnel(workspace: Workspace) -> Funnel | None:
             for split in ("train", "validation", "test")
             if workspace.exists("dataset", split)
         },
-        seconds_per_pair=counts["device_seconds"] / pairs if pairs else None,
-        unet_samples_per_pair=counts["unet_samples"] / pairs if pairs else None,
     )
 
 

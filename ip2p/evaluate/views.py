@@ -89,7 +89,8 @@ def failure_tags(candidate: Row) -> list[tuple[str, bool]]:
 def pair_view(row: Row, pair: Row, tags: list[tuple[str, bool]]) -> dict:
     texts = {key: row[key] for key in ("original_prompt", "edit_prompt", "edited_prompt")}
     pictures = {"before": picture(pair["original_image"]), "after": picture(pair["edited_image"])}
-    return {**pair, **texts, **pictures, "tags": tags}
+    mask = picture(pair["mask"]) if pair.get("mask") else None
+    return {**pair, **texts, **pictures, "mask": mask, "tags": tags}
 
 
 def test_cases(workspace: Workspace) -> list[Row]:

@@ -32,9 +32,10 @@ from ip2p.miniature.language_model_data import Texts, draw_rows
 from ip2p.miniature.triplets import consistent, draw_triplet
 
 CONTEXT_LENGTH = 256
-STEPS = 24_000
+STEPS = 27_000
 SHALLOW_LAYERS, LAYERS, DEEPEN_AT = 4, 6, 7400
-EDITED_WEIGHT = 4
+# Loss of a token of the edited caption, beside 1 for the instruction's: first copying is learned, then what to ask for.
+EDITED_WEIGHT, LATE_EDITED_WEIGHT, LATE_AT = 4, 1, 24_000
 WARMUP_STEPS = 50
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
 CHECKPOINT_EVERY = 200
@@ -149,7 +150,9 @@ def train(
             model = deepen(model)
             optimizers = _optimizers(model)
         rows = draw_rows(seed, step, words)
-        facts = _train_step(model, optimizers, _rate(step, steps), marker, *_collate(tokenizer, rows, device))
+        edited_weight = EDITED_WEIGHT if step < LATE_AT else LATE_EDITED_WEIGHT
+        batch = _collate(tokenizer, rows, device)
+        facts = _train_step(model, optimizers, _rate(step, steps), edited_weight, marker, *batch)
         if (step + 1) % 20 == 0:
             log({"step": step + 1, "steps": steps, **{name: float(value) for name, value in facts.items()}})
         if checkpoint and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps):
@@ -201,6 +204,7 @@ def _train_step(
     model: LlamaForCausalLM,
     optimizers: list[torch.optim.Optimizer],
     rate: float,
+    edited_weight: float,
     marker: int,
     ids_BL: torch.Tensor,
     labels_BL: torch.Tensor,
@@ -214,10 +218,9 @@ def _train_step(
     answered = labels_BL[:, 1:] != IGNORED
     targets_N = labels_BL[:, 1:][answered]
     logits_NV = model.lm_head(hidden_BLC[answered])
-    # Instructions are mostly free choice; what they mean for the caption is what has to be learned.
     is_edited_N = (labels_BL == marker).cumsum(1).bool()[:, 1:][answered]
     losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
-    weights_N = 1 + (EDITED_WEIGHT - 1) * is_edited_N
+    weights_N = 1 + (edited_weight - 1) * is_edited_N
     loss = (weights_N * losses_N).sum() / weights_N.sum()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

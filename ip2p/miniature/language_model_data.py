@@ -3,11 +3,15 @@
 import random
 import re
 from functools import lru_cache
+from itertools import combinations
 
+from ip2p.miniature.edits import EDIT_KINDS
 from ip2p.miniature.instructions import phrase
 from ip2p.miniature.language import MEANINGS, article, split_words
-from ip2p.miniature.triplets import draw_triplet
+from ip2p.miniature.scene import Scene
+from ip2p.miniature.triplets import Triplet, draw_triplet
 
+CONFUSABLE = 0.5  # of the scenes, at least
 BATCH_SIZE = 32
 COPY_STEPS = 300
 POOLED_STEPS = 4
@@ -27,6 +31,20 @@ def same_words(caption: str, instruction: str, edited_caption: str) -> str:
         for word in instruction.split()
     ]
     return re.sub(r"\ban? (?=(\w+))", lambda match: f"{article(match[1])} ", " ".join(words))
+
+
+def confusable(scene: Scene) -> bool:
+    """Whether two things differ in one attribute at most: what an instruction says of one may mean the other."""
+    looks = [(thing.shape, thing.colour, thing.size) for thing in scene.things]
+    return any(sum(a != b for a, b in zip(*pair, strict=True)) <= 1 for pair in combinations(looks, 2))
+
+
+def _draw_triplet(rng: random.Random) -> Triplet:
+    kind, unseen, confuses = rng.choice(EDIT_KINDS), rng.random() < 0.2, rng.random() < CONFUSABLE
+    while True:
+        triplet = draw_triplet(rng, kind, unseen=unseen, held_out=False)
+        if confuses <= confusable(triplet.scene):
+            return triplet
 
 
 def draw_rows(seed: int, step: int, words: list[str]) -> list[Texts]:
@@ -49,7 +67,7 @@ def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
             rows.append((caption, " ".join(rng.choices(words, k=rng.randint(1, 4))), caption))
         else:
             # Captions come in any wording, as people's do; what it writes itself is in the wordings of training.
-            triplet = draw_triplet(rng, unseen=rng.random() < 0.2, held_out=False)
+            triplet = _draw_triplet(rng)
             # Which thing is meant is the hardest part: named in full, it can be copied and is seldom ambiguous.
             said = phrase(triplet.edit, triplet.scene, rng, unsaid=triplet.unsaid, in_full=True)
             instruction = same_words(triplet.caption, said, triplet.edited_caption)

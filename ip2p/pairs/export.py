@@ -23,6 +23,7 @@ def explode(rows: pa.Table) -> list[dict[str, Any]]:
             "pair_id": f"{row['caption_id']}-{pair['seed']}",
             "original_image": {"bytes": pair["original_image"], "path": None},
             "edited_image": {"bytes": pair["edited_image"], "path": None},
+            "mask": pair["mask"] and {"bytes": pair["mask"], "path": None},
         }
         for row in rows.to_pylist()
         for pair in row["pairs"]
@@ -30,7 +31,7 @@ def explode(rows: pa.Table) -> list[dict[str, Any]]:
 
 
 def with_features(schema: pa.Schema = DATASET) -> pa.Schema:
-    """DATASET with the metadata by which `datasets` knows that the two structs are images."""
+    """DATASET with the metadata by which `datasets` knows which structs are images."""
     features = {
         field.name: {"_type": "Image"} if field.type == IMAGE else {"dtype": _dtype(field.type), "_type": "Value"}
         for field in schema

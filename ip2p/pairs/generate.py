@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ip2p.clip_similarity import ClipSimilarity, similarities
 from ip2p.diffusion.attention import UNALIGNED, align_tokens
+from ip2p.diffusion.blend import Blend
 from ip2p.diffusion.engine import Conditioning, Engine, Link, Trajectory
 from ip2p.diffusion.guidance import text_weights
 from ip2p.diffusion.schedule import NoiseSchedule
@@ -29,14 +31,17 @@ logger = logging.getLogger(__name__)
 TEXTS_AT_ONCE = 64
 NOTHING: dict[str, Any] = {"candidates": [], "pairs": [], "rejects": [], "unet_samples": 0, "seconds": 0.0}
 
+Images = tuple[np.ndarray, np.ndarray, Tensor | None]  # before, after (H, W, 3); mask (h, w) of the latents
+
 
 @dataclass(frozen=True)
 class _Sharing:
-    """How a caption pair shares attention: the mode that it allows, its alignment (L,) and emphasis (L,), if any."""
+    """How a caption pair shares attention: the mode that it allows, alignment (L,), emphasis (L,) and blend, if any."""
 
     mode: SharingMode
     alignment: Tensor
     emphasis: Tensor | None
+    blend: Blend | None
 
 
 @dataclass(eq=False)
@@ -49,8 +54,8 @@ class _Row:
     clip_texts: Tensor  # (2, D)
     drawn: int = 0
     scores: dict[int, dict[str, Any]] = field(default_factory=dict)
-    images: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    rejects: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    images: dict[int, Images] = field(default_factory=dict)
+    rejects: dict[int, Images] = field(default_factory=dict)
     unet_samples: int = 0
 
 
@@ -129,7 +134,7 @@ class PairGenerator:
         started = time.perf_counter()
         works = self._prepare(rows)
         engine = Engine(self.model.unet, self.schedule, 2 * self.batch_size)
-        waiting = deque((work, k) for work in works for k in self._next_round(work))
+        waiting = deque(drawn for work in works for drawn in self._next_round(work))
         underway: dict[int, _Draw] = {}
         ready: list[_Draw] = []
         while waiting or underway or ready:
@@ -138,12 +143,13 @@ class PairGenerator:
                 underway[id(draw.edited)] = draw
                 engine.add(draw.source, draw.edited)
             ready += [underway.pop(id(t)) for t in engine.step() if t.link is not None]
+            ended = self._drop_hopeless(engine, underway)
             # What is judged may call for more, so it does not wait while the engine has room.
             if len(ready) >= self.batch_size or not waiting:
                 self._judge(ready)
-                for work in dict.fromkeys(draw.work for draw in ready):
-                    waiting.extend((work, k) for k in self._next_round(work))
-                ready = []
+                ended, ready = ended + ready, []
+            for work in dict.fromkeys(draw.work for draw in ended):
+                waiting.extend(self._next_round(work))
         seconds = time.perf_counter() - started
         return [self._result(work, seconds * work.unet_samples / engine.unet_samples) for work in works]
 
@@ -175,24 +181,28 @@ class PairGenerator:
             if alignment is not None:
                 break
         assert alignment is not None, "the last mode always applies"
-        if settings.emphasis == 1:
-            return _Sharing(mode, torch.tensor(alignment), None)
-        common = align_tokens(source, edited, self.eos, "refine")
-        new = torch.tensor(common) == UNALIGNED
-        return _Sharing(mode, torch.tensor(alignment), torch.where(new, settings.emphasis, 1.0))
+        old, new = (changed_tokens(*pair, self.eos) for pair in ((edited, source), (source, edited)))
+        emphasis = None if settings.emphasis == 1 else torch.where(new, settings.emphasis, 1.0)
+        blend = None
+        if settings.blend and (old.any() or new.any()):
+            blend = Blend(old, new, settings.blend.threshold, settings.blend.start)
+        return _Sharing(mode, torch.tensor(alignment), emphasis, blend)
 
-    def _next_round(self, work: _Row) -> range:
+    def _next_round(self, work: _Row) -> list[tuple[_Row, int, Candidate]]:
         """Candidates to draw now: none while some are underway, so that a round depends on its own caption alone."""
         if len(work.scores) < work.drawn:
-            return range(0)
-        accepted = sum(scores["verdict"] == ACCEPTED for scores in work.scores.values())
-        first, work.drawn = work.drawn, work.drawn + next_round(self.settings, work.drawn, accepted)
-        return range(first, work.drawn)
+            return []
+        tried = [(s["shared_attention_fraction"], s["verdict"] == ACCEPTED) for s in work.scores.values()]
+        first, accepted = work.drawn, sum(paid for _, paid in tried)
+        work.drawn += next_round(self.settings, work.drawn, accepted)
+        name = work.row["caption_id"]
+        return [
+            (work, k, draw_candidate(self.settings, self.recipe.seed, name, k, tried)) for k in range(first, work.drawn)
+        ]
 
-    def _start(self, work: _Row, k: int) -> _Draw:
+    def _start(self, work: _Row, k: int, candidate: Candidate) -> _Draw:
         """Candidate `k` as linked trajectories: source and edited image begin with the same noise."""
         settings = self.settings
-        candidate = draw_candidate(settings, self.recipe.seed, work.row["caption_id"], k)
         p = candidate.shared_attention_fraction
         generator = candidate.generator()
         noise = torch.randn(self.shape, generator=generator)
@@ -209,9 +219,58 @@ class PairGenerator:
         )
         shared, cross = work.sharing, settings.sharing.cross_attention if work.sharing.mode != "self" else 0.0
         edited.link = Link(
-            source, [None, shared.alignment], settings.sharing.self_attention * p, cross * p, shared.emphasis
+            source,
+            [None, shared.alignment],
+            settings.sharing.self_attention * p,
+            cross * p,
+            shared.emphasis,
+            shared.blend,
         )
         return _Draw(work, k, candidate, source, edited)
+
+    def _drop_hopeless(self, engine: Engine, underway: dict[int, _Draw]) -> list[_Draw]:
+        """Score what the candidates that are part-way are predicted to become, and end those that will hardly do."""
+        look = self.settings.early_look
+        if look is None:
+            return []
+        at = max(1, round(look.at * self.settings.steps))
+        seen = [draw for draw in underway.values() if draw.edited.step == at]
+        if not seen:
+            return []
+        predicted = [t.denoised for draw in seen for t in (draw.source, draw.edited)]
+        _, scores = self._score(seen, torch.stack([x0 for x0 in predicted if x0 is not None]))
+        dropped = [
+            (draw, numbers) for draw, numbers in zip(seen, scores, strict=True) if numbers["quality"] < look.drop_below
+        ]
+        for draw, numbers in dropped:
+            engine.remove(draw.edited)
+            del underway[id(draw.edited)]
+            self._record(draw, numbers, f"early quality < {look.drop_below:g}")
+        return [draw for draw, _ in dropped]
+
+    def _score(self, draws: list[_Draw], latents: Tensor) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """latents (2n, C, H, W), before and after in turn -> images (2n, H, W, 3) uint8, and scores of each pair."""
+        images = to_uint8(self.model.decode_latents(latents))
+        embedded = self.clip.embed_images(images)
+        texts = torch.stack([draw.work.clip_texts for draw in draws])
+        columns = similarities(embedded[0::2], embedded[1::2], texts[:, 0], texts[:, 1])
+        rows = [
+            dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)
+        ]
+        weights = self.settings.quality
+        return images, [row | {"quality": weights and quality(row, weights)} for row in rows]
+
+    def _record(self, draw: _Draw, scores: dict[str, Any], found: str) -> None:
+        work, candidate = draw.work, draw.candidate
+        work.unet_samples += draw.source.unet_samples + draw.edited.unet_samples
+        work.scores[draw.k] = {
+            "seed": candidate.seed,
+            "shared_attention_fraction": candidate.shared_attention_fraction,
+            "guidance_scale": candidate.guidance_scale,
+            "sharing": work.sharing.mode,
+            **scores,
+            "verdict": found,
+        }
 
     def _judge(self, draws: list[_Draw]) -> None:
         """Decode and score finished candidates; keep the images of the best."""
@@ -219,30 +278,17 @@ class PairGenerator:
             return
         latents = torch.stack([t.latents for draw in draws for t in (draw.source, draw.edited)])
         finite = latents.isfinite().flatten(1).all(dim=1).view(-1, 2).all(dim=1).tolist()
-        images = to_uint8(self.model.decode_latents(latents))
-        embedded = self.clip.embed_images(images)
-        texts = torch.stack([draw.work.clip_texts for draw in draws])
-        scores = similarities(embedded[0::2], embedded[1::2], texts[:, 0], texts[:, 1])
-        columns = {name: values.tolist() for name, values in scores.items()}
+        images, scores = self._score(draws, latents)
         for n, draw in enumerate(draws):
-            work, candidate = draw.work, draw.candidate
-            numbers = {name: values[n] for name, values in columns.items()}
-            work.unet_samples += draw.source.unet_samples + draw.edited.unet_samples
-            work.scores[draw.k] = {
-                "seed": candidate.seed,
-                "shared_attention_fraction": candidate.shared_attention_fraction,
-                "guidance_scale": candidate.guidance_scale,
-                "sharing": work.sharing.mode,
-                **numbers,
-                "quality": self.settings.quality and quality(numbers, self.settings.quality),
-                "verdict": verdict(numbers, self.settings) if finite[n] else NOT_FINITE,
-            }
+            work = draw.work
+            self._record(draw, scores[n], verdict(scores[n], self.settings) if finite[n] else NOT_FINITE)
+            shown = (images[2 * n], images[2 * n + 1], draw.edited.mask)
             if work.scores[draw.k]["verdict"] == ACCEPTED:
-                work.images[draw.k] = (images[2 * n], images[2 * n + 1])
+                work.images[draw.k] = shown
                 kept = best({k: work.scores[k] for k in work.images}, self.settings.max_pairs)
                 work.images = {k: work.images[k] for k in kept}
             elif self._keeps_rejects(work) and len(work.rejects) < self.settings.max_pairs:
-                work.rejects[draw.k] = (images[2 * n], images[2 * n + 1])
+                work.rejects[draw.k] = shown
 
     def _keeps_rejects(self, work: _Row) -> bool:
         return digest("rejects", work.row["caption_id"]) < self.settings.keep_rejects * 2**63
@@ -254,8 +300,13 @@ class PairGenerator:
         candidates = [work.scores[k] for k in sorted(work.scores)]
         pairs, rejects = (
             [
-                {**work.scores[k], "original_image": encode(before), "edited_image": encode(after)}
-                for k, (before, after) in images.items()
+                {
+                    **work.scores[k],
+                    "original_image": encode(before),
+                    "edited_image": encode(after),
+                    "mask": None if mask is None else encode(mask_image(mask, *before.shape[:2])),
+                }
+                for k, (before, after, mask) in images.items()
             ]
             for images in (work.images, work.rejects)
         )
@@ -273,6 +324,18 @@ class PairGenerator:
 def _embed(texts: list[str], encoder: Any) -> dict[str, Tensor]:
     chunks = [texts[i : i + TEXTS_AT_ONCE] for i in range(0, len(texts), TEXTS_AT_ONCE)]
     return {text: row for chunk in chunks for text, row in zip(chunk, encoder(chunk), strict=True)}
+
+
+def changed_tokens(source: list[int], edited: list[int], eos: int) -> Tensor:
+    """(L,) bool: the tokens of the edited caption that the source has not, without padding."""
+    common = align_tokens(source, edited, eos, "refine")
+    return torch.tensor(common) == UNALIGNED
+
+
+def mask_image(mask: Tensor, height: int, width: int) -> np.ndarray:
+    """(h, w) bool -> (height, width, 3) uint8, white where it is true."""
+    large = F.interpolate(mask.float()[None, None], (height, width))[0, 0]
+    return (255 * large[..., None].expand(-1, -1, 3)).byte().cpu().numpy()
 
 
 def failure(reason: str) -> dict[str, Any]:

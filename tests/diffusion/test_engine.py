@@ -1,6 +1,7 @@
 """The engine against diffusers' pipeline, against Prompt-to-Prompt written plainly, and itself in other company."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiff
 from diffusers.models.attention_processor import AttnProcessor
 
 from ip2p.diffusion.attention import UNALIGNED, align_tokens
+from ip2p.diffusion.blend import Blend
 from ip2p.diffusion.engine import Conditioning, Engine, Link, Trajectory
 from ip2p.diffusion.guidance import edit_weights, text_weights
 from ip2p.diffusion.schedule import NoiseSchedule
@@ -251,3 +253,79 @@ def test_errors_come_before_anything_runs(model):
         with pytest.raises(ValueError, match=message):
             engine.add(*group)
     assert len(engine) == 1
+
+
+def blended(model, seed, start=0.2, threshold=0.5, **how) -> list[Trajectory]:
+    """A pair whose first word alone differs, in both texts the token after the first."""
+    group = pair(model, "red dog", "tan dog", seed, 0.5, 0.5, **how)
+    first = torch.zeros(77, dtype=torch.bool)
+    first[1] = True
+    group[1].link = replace(group[1].link, blend=Blend(first, first, threshold, start))
+    return group
+
+
+def test_local_blend_is_prompt_to_prompts_with_materialised_maps(model):
+    """Every cross-attention map is computed, gathered, made a mask and blended with, as the paper has it."""
+    steps, start, threshold = 4, 0.3, 0.98  # random weights: maps are all but even
+    source, edited = blended(model, 7, start, threshold, steps=steps, solver="ddim")
+    noise = source.latents.clone()
+    ours = torch.stack(engine_of(model, 2).run([source, edited]))
+
+    unet = copy.deepcopy(model.unet)
+    processor = MaterialisedProcessor([list(range(77)), edited.link.alignments[1].tolist()])
+    maps: list[torch.Tensor] = []
+
+    class Kept(MaterialisedProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+            if encoder_hidden_states is not None:
+                query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
+                if (
+                    processor.shares_cross
+                ):  # the edited sample looks as the source does, at keys of its own for new words
+                    query = query[[0, 0, 2, 2]]
+                    for j, a in enumerate(processor.alignment[1]):
+                        key[3, j] = key[3, j] if a == UNALIGNED else key[2, a]
+                query, key = (attn.head_to_batch_dim(x, out_dim=4) for x in (query, key))
+                seen = (query @ key.mT * attn.scale).softmax(-1).mean(1)[2:, :, 1]  # with the text, of the first word
+                side = int(seen.shape[1] ** 0.5)
+                maps.append(torch.nn.functional.interpolate(seen.view(2, 1, side, side), (8, 8), mode="bilinear")[:, 0])
+            return processor(attn, hidden_states, encoder_hidden_states)
+
+    unet.set_attn_processor(Kept([]))
+    text = model.encode_text(["", "", "red dog", "tan dog"])
+    way = plan(schedule_of(model), "ddim", steps)
+    latents = torch.stack([noise, noise]) * way.initial_scale
+    gathered = torch.zeros(2, 8, 8)
+    for i in range(steps):
+        processor.shares_self = processor.shares_cross = i / (steps - 1) < 0.5
+        maps.clear()
+        with torch.no_grad():
+            output = unet(torch.cat([latents, latents]), way.timesteps[i].expand(4), text).sample
+        output = output[:2] + 5.0 * (output[2:] - output[:2])
+        from_latents, from_output, _, keep, pull, _ = way.coefficients[i]
+        latents = keep * latents + pull * (from_latents * latents + from_output * output)
+        gathered += torch.stack(maps).mean(0)
+        if i / (steps - 1) >= start:
+            grown = torch.stack([torch.nn.functional.max_pool2d(m[None], 3, 1, 1)[0] for m in gathered])
+            mask = (grown[0] >= threshold * grown[0].max()) | (grown[1] >= threshold * grown[1].max())
+            latents[1] = torch.where(mask, latents[1], latents[0])
+    assert 0 < mask.sum() < mask.numel(), "or this proves nothing"
+    assert (edited.mask == mask).all()
+    torch.testing.assert_close(ours, latents, atol=1e-4, rtol=1e-4)
+
+
+def test_outside_its_mask_a_blended_sample_is_its_source(model):
+    source, edited = blended(model, 3, threshold=0.98, steps=4, solver="euler_ancestral")
+    engine_of(model, 2).run([source, edited])
+    differs = (source.latents != edited.latents).any(0)
+    assert not (differs & ~edited.mask).any()
+    assert (differs == edited.mask).float().mean() > 0.9
+    assert source.mask is None
+
+
+def test_a_blend_of_neighbours_does_not_matter(model):
+    def company():
+        return [*blended(model, 1, steps=3), sample(model, "a cat", 2, steps=5), *blended(model, 4, steps=4)]
+
+    together, apart = engine_of(model, 8).run(company()), engine_of(model, 2).run(company())
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)

@@ -22,7 +22,7 @@ def pair(seed, direction):
 def test_one_row_per_pair():
     shared = {"original_prompt": "a dog", "edit_prompt": "make it red", "edited_prompt": "a red dog"}
     rows = [
-        {"caption_id": "a", "status": "ok", "pairs": [pair(1, 0.5), pair(2, 0.25)], **shared},
+        {"caption_id": "a", "status": "ok", "pairs": [pair(1, 0.5), pair(2, 0.25) | {"mask": b"mask"}], **shared},
         {"caption_id": "b", "status": "rejected", "pairs": []},
         {"caption_id": "c", "status": "ok", "pairs": [pair(3, 0.125)]},
     ]
@@ -38,6 +38,7 @@ def test_one_row_per_pair():
         "make it red",
     )
     assert set(exploded[0]) <= set(DATASET.names)
+    assert [row["mask"] for row in table.to_pylist()] == [None, {"bytes": b"mask", "path": None}, None]
 
 
 def test_features_are_those_datasets_would_write():

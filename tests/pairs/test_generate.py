@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -6,7 +8,7 @@ import torch
 from ip2p import images
 from ip2p.pairs.candidates import draw_candidate
 from ip2p.pairs.generate import PairGenerator
-from ip2p.recipe import Adaptive, Recipe, Sharing, Thresholds
+from ip2p.recipe import Adaptive, EarlyLook, LocalBlend, Quality, Recipe, Sharing, Thresholds
 from ip2p.records import INSTRUCTIONS, PAIRS
 
 ROWS = [
@@ -63,6 +65,7 @@ def test_the_best_pairs_are_kept_with_their_images(table):
         kept = [{**pair} for pair in row["pairs"]]
         for pair in kept:
             before, after = (images.decode(pair.pop(key)) for key in ("original_image", "edited_image"))
+            assert pair.pop("mask") is None
             assert before.shape == after.shape == (64, 64, 3)
             assert (before != after).any()
         assert kept == by_direction[:2]
@@ -98,6 +101,32 @@ def test_adaptive_draws_the_first_of_the_same_candidates_until_there_are_enough(
     assert [c["seed"] for c in alone["candidates"]] == [c["seed"] for c in rows[2]["candidates"]]
 
 
+def test_an_early_look_ends_hopeless_candidates_part_way(table, generator):
+    """Quality rises with direction; at a level between those seen part-way some are dropped, after one step of two."""
+    measure = Quality(intercept=0, image=0, direction=5, agreement_before=0, agreement_after=0, at_least=0)
+    everything = with_pairs(generator, quality=measure, early_look=EarlyLook(at=0.5, drop_below=0))
+    whole = everything(batch(ROWS)).to_pylist()
+    assert [row["unet_samples"] for row in whole] == [row["unet_samples"] for row in table.to_pylist()]
+
+    nothing = with_pairs(generator, quality=measure, early_look=EarlyLook(at=0.5, drop_below=1))
+    [row] = nothing(batch(ROWS[:1])).to_pylist()
+    assert (row["status"], row["reason"]) == ("rejected", "early quality < 1: 3")
+    assert row["unet_samples"] == 3 * 2 * 2 * 1  # candidates, images, conditionings, steps
+    early = sorted(candidate["quality"] for candidate in row["candidates"])
+
+    level = (early[0] + early[1]) / 2
+    some = with_pairs(everything, early_look=EarlyLook(at=0.5, drop_below=level))
+    rows = some(batch(ROWS)).to_pylist()
+    assert Counter(c["verdict"] for c in rows[0]["candidates"]) == {"accepted": 2, f"early quality < {level:g}": 1}
+    assert rows[0]["unet_samples"] == (2 + 1 + 2) * 2 * 2
+    for candidate, finished in zip(rows[0]["candidates"], whole[0]["candidates"]):
+        assert (candidate["quality"] == pytest.approx(finished["quality"], abs=5e-3)) == (
+            candidate["verdict"] == "accepted"
+        )
+    [alone] = with_pairs(some, batch_size=1)(batch(ROWS[2:3])).to_pylist()
+    assert [c["verdict"] for c in alone["candidates"]] == [c["verdict"] for c in rows[2]["candidates"]]
+
+
 def test_adaptive_gives_a_hopeless_caption_up(generator):
     strict = Thresholds(image=-1, direction=1, agreement=-1)
     hopeless = with_pairs(generator, thresholds=strict, adaptive=Adaptive(round=1, give_up_below=0.4))
@@ -110,6 +139,19 @@ def test_the_first_mode_that_applies_is_taken_and_recorded(generator):
     for modes, expected in ((["replace", "refine"], ["replace", "refine"]), (["self"], ["self", "self"])):
         table = with_pairs(generator, sharing=Sharing(modes=modes))(rows)
         assert [row["candidates"][0]["sharing"] for row in table.to_pylist()] == expected
+
+
+def test_local_blend_writes_the_mask_of_what_may_differ(generator):
+    sharing = Sharing(modes=["refine"], blend=LocalBlend(threshold=0.98, start=0))
+    rows = with_pairs(generator, sharing=sharing, keep_rejects=1)(
+        batch([*ROWS[:1], ("e", "a dog", "it", "a dog", "ok", "")])
+    ).to_pylist()
+    for pair in rows[0]["pairs"]:
+        mask = images.decode(pair["mask"])
+        assert mask.shape == (64, 64, 3)
+        assert set(np.unique(mask)) == {0, 255}
+    # Where no word differs there is nothing to blend by (and no direction, so that nothing is accepted).
+    assert [reject["mask"] for reject in rows[1]["rejects"]] == [None, None]
 
 
 def test_emphasis_changes_the_edited_image_alone(table, generator):
@@ -130,8 +172,8 @@ def test_rejects_of_some_captions_are_kept_to_look_at(generator):
     strict = with_pairs(generator, thresholds=Thresholds(image=-1, direction=1, agreement=-1), keep_rejects=1)
     [row] = strict(batch(ROWS[:1])).to_pylist()
     assert row["pairs"] == []
-    assert [{**reject, "original_image": 0, "edited_image": 0} for reject in row["rejects"]] == [
-        {**candidate, "original_image": 0, "edited_image": 0} for candidate in row["candidates"][:2]
+    assert [{**reject, "original_image": 0, "edited_image": 0, "mask": 0} for reject in row["rejects"]] == [
+        {**candidate, "original_image": 0, "edited_image": 0, "mask": 0} for candidate in row["candidates"][:2]
     ]
     assert images.decode(row["rejects"][0]["edited_image"]).shape == (64, 64, 3)
     [row] = with_pairs(strict, keep_rejects=0)(batch(ROWS[:1])).to_pylist()
