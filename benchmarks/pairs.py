@@ -227,6 +227,7 @@ def measure_throughput(recipe: Recipe, rows: list[Row], rounds: int) -> dict[str
             "sharing": Sharing(modes=["self"]),
             "adaptive": None,
             "quality": None,
+            "early_look": None,
         }
     )
     ours = PairGenerator(recipe.model_copy(update={"pairs": settings}))

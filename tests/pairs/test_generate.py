@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from ip2p import images
 from ip2p.pairs.candidates import draw_candidate
 from ip2p.pairs.generate import PairGenerator
-from ip2p.recipe import Adaptive, EarlyLook, LocalBlend, Quality, Recipe, Sharing, Thresholds
+from ip2p.recipe import Adaptive, EarlyLook, LocalBlend, ModelRef, Quality, Recipe, Sharing, Thresholds
 from ip2p.records import INSTRUCTIONS, PAIRS
 
 ROWS = [
@@ -99,6 +101,25 @@ def test_adaptive_draws_the_first_of_the_same_candidates_until_there_are_enough(
         assert len(row["pairs"]) == len(row["candidates"])
     [alone] = with_pairs(adaptive, batch_size=1)(batch(ROWS[2:3])).to_pylist()
     assert [c["seed"] for c in alone["candidates"]] == [c["seed"] for c in rows[2]["candidates"]]
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "calls"),
+    [
+        ({"prediction_type": "v_prediction"}, {"steps": 3, "solver": "ddim"}, 2 * 3),
+        # Distilled models: few steps, trailing timesteps, and no guidance, which costs half.
+        ({"timestep_spacing": "trailing"}, {"steps": 4, "solver": "euler", "guidance_scale": (1.0, 1.0)}, 4),
+    ],
+)
+def test_other_kinds_of_model_run_by_the_recipe_alone(smallest: Recipe, tiny_sd, tmp_path, config, changes, calls):
+    shutil.copytree(tiny_sd, tmp_path / "sd")
+    file = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    models = smallest.models.model_copy(update={"text_to_image": ModelRef(path=str(tmp_path / "sd"))})
+    pairs = smallest.pairs.model_copy(update=changes)
+    [row] = PairGenerator(smallest.model_copy(update={"models": models, "pairs": pairs}))(batch(ROWS[:1])).to_pylist()
+    assert row["status"] == "ok"
+    assert row["unet_samples"] == 3 * 2 * calls  # candidates, images
 
 
 def test_an_early_look_ends_hopeless_candidates_part_way(table, generator):
