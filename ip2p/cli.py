@@ -23,7 +23,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from ip2p.recipe import LOCAL_CLIP, REPOSITORY, ClipRef, FileCaptions, ModelRef, Recipe, locate
+from ip2p.recipe import LOCAL_CLIP, REPOSITORY, ClipRef, FileCaptions, HubCaptions, ModelRef, Recipe, locate
 from ip2p.workspace import Workspace
 
 OURS = {"recipe", "workspace"}
@@ -161,6 +161,8 @@ def _missing(recipe: Recipe, workspace: str | None, needs: tuple[str, ...]) -> I
             elif need == "captions":
                 if isinstance(recipe.captions, FileCaptions) and not Workspace(recipe.captions.path).exists():
                     yield f"captions.path: there is nothing at {recipe.captions.path!r}"
+                elif isinstance(recipe.captions, HubCaptions):
+                    locate(recipe.captions.path, "captions.path")
             else:
                 ref = getattr(recipe.models, need.removeprefix("models."))
                 if isinstance(ref, ModelRef):

@@ -90,7 +90,7 @@ class Models(Section):
 class GrammarCaptions(Section):
     """Captions drawn from the miniature world's scene grammar."""
 
-    kind: Literal["grammar"] = Field(default="grammar", description="grammar or parquet; the recipe file says which")
+    kind: Literal["grammar"] = Field(default="grammar", description="grammar, files or hub; the recipe file says which")
     count: Positive = Field(default=200, description="how many captions to draw")
     kinds: list[str] | None = Field(
         default=None, description="edit kinds the scenes must allow; default: all, balanced"
@@ -100,13 +100,34 @@ class GrammarCaptions(Section):
     )
 
 
-class FileCaptions(Section):
-    """Captions from a parquet file or folder."""
+NearDuplicate = Annotated[
+    float,
+    Field(gt=0, le=1, description="share of word pairs in common from which on a caption is left out; 1: keep them"),
+]
 
-    kind: Literal["parquet"] = Field(default="parquet", description="grammar or parquet; the recipe file says which")
-    path: str = Field(description="parquet file or folder, local, s3:// or gs://")
-    column: str = Field(default="caption", description="the column that holds the caption")
+
+class FileCaptions(Section):
+    """Captions from a parquet, JSONL or CSV file, or a folder of one of these."""
+
+    kind: Literal["files", "parquet"] = Field(
+        default="files", description="grammar, files (or parquet, for the same) or hub; the recipe file says which"
+    )
+    path: str = Field(description="file or folder (.parquet, .jsonl, .csv), local, s3:// or gs://; or a hub dataset")
+    column: str = Field(default="caption", description="the column that holds the caption, e.g. TEXT")
     limit: Positive | None = Field(default=None, description="read only the first so many rows")
+    near_duplicates: NearDuplicate = 0.9
+
+
+class HubCaptions(Section):
+    """Captions from a dataset of the hub, streamed."""
+
+    kind: Literal["hub"] = Field(default="hub", description="grammar, files or hub; the recipe file says which")
+    path: str = Field(description="owner/name of the dataset, or a directory that datasets.load_dataset reads")
+    revision: str | None = Field(default=None, description="hub commit or tag; pin it, so that a rerun is the same run")
+    split: str = Field(default="train", description="split of the dataset")
+    column: str = Field(default="caption", description="the column that holds the caption, e.g. TEXT")
+    limit: Positive | None = Field(default=None, description="read only the first so many rows")
+    near_duplicates: NearDuplicate = 0.9
 
 
 class Instructions(Section):
@@ -377,7 +398,7 @@ class Recipe(Section):
         default="none", description="oracle: the images are miniature scenes and can be read back exactly"
     )
     models: Models
-    captions: Annotated[GrammarCaptions | FileCaptions, Field(discriminator="kind")]
+    captions: Annotated[GrammarCaptions | FileCaptions | HubCaptions, Field(discriminator="kind")]
     instructions: Instructions = Instructions()
     pairs: Pairs = Pairs()
     dataset: Dataset = Dataset()

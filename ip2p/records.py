@@ -12,7 +12,8 @@ import pyarrow as pa
 
 Status = Literal["ok", "rejected", "failed"]
 
-CAPTIONS = pa.schema({"caption_id": pa.string(), "caption": pa.string()})
+# refusal: why the language model is not asked, and the reason of the row in instructions/; "" where it is.
+CAPTIONS = pa.schema({"caption_id": pa.string(), "caption": pa.string(), "refusal": pa.string()})
 
 INSTRUCTIONS = pa.schema(
     {

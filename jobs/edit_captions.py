@@ -7,11 +7,10 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray
 from pydantic import BaseModel, Field
@@ -21,12 +20,14 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from cluster.connect import connect, uses_gpu
 from cluster.progress import Tally, time_left
-from ip2p.captions.parse import parse, refuse
+from ip2p.captions.parse import parse
 from ip2p.captions.prompt import SCHEMA, few_shot_messages, tuned_prompt
+from ip2p.captions.screen import NearDuplicates, refuse
+from ip2p.captions.source import file_captions, hub_captions
 from ip2p.cli import load_settings
 from ip2p.miniature.edits import EDIT_KINDS, PLACED_KINDS
 from ip2p.miniature.triplets import draw_triplet
-from ip2p.recipe import FileCaptions, GrammarCaptions, Instructions, Recipe, locate
+from ip2p.recipe import FileCaptions, GrammarCaptions, HubCaptions, Instructions, Recipe, locate
 from ip2p.records import CAPTIONS, INSTRUCTIONS, caption_id, digest
 from ip2p.workspace import Workspace
 
@@ -54,7 +55,10 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
     workspace.claim("instructions", decisive(recipe), overwrite)
     counts: dict[str, Any] = write_captions(recipe, workspace)
     left = len(ids(workspace, "captions") - ids(workspace, "instructions"))
-    print(f"edit_captions: {counts['captions']} captions, {left} to do, {counts['duplicates']} duplicates left out")
+    print(
+        f"edit_captions: {counts['captions']} captions, {left} to do, {counts['duplicates']} duplicates left out, "
+        f"{counts['refused']} refused unasked"
+    )
     if left:
         connect()
         generate(recipe, workspace, left)
@@ -82,24 +86,24 @@ def decisive(recipe: Recipe) -> dict[str, Any]:
 def write_captions(recipe: Recipe, workspace: Workspace) -> dict[str, int]:
     """Write `captions/` (CAPTIONS; each caption once), always anew: the same recipe gives the same files."""
     folder = workspace.path("captions")
-    if isinstance(recipe.captions, FileCaptions):
-        if Workspace(recipe.captions.path).root.startswith(folder):
-            raise ValueError(f"captions.path: {folder} is written by this job; keep {recipe.captions.path!r} elsewhere")
-        captions = file_captions(recipe.captions)
-    else:
-        captions = grammar_captions(recipe.captions, recipe.seed)
+    if isinstance(recipe.captions, FileCaptions) and Workspace(recipe.captions.path).path("").startswith(f"{folder}/"):
+        raise ValueError(f"captions.path: {folder} is written by this job; keep {recipe.captions.path!r} elsewhere")
+    captions = read_captions(recipe)
     if workspace.exists("captions"):
         workspace.fs.delete_dir(folder)
+    screen = screening(recipe)
     seen: set[str] = set()
     rows: list[dict[str, str]] = []
-    duplicates = files = 0
+    duplicates = refused = files = 0
     for caption in captions:
         name = caption_id(caption)
         if name in seen:
             duplicates += 1
             continue
         seen.add(name)
-        rows.append({"caption_id": name, "caption": caption})
+        refusal = screen(caption)
+        refused += bool(refusal)
+        rows.append({"caption_id": name, "caption": caption, "refusal": refusal})
         if len(rows) == ROWS_PER_FILE:
             _write_part(workspace, files, rows)
             rows, files = [], files + 1
@@ -107,7 +111,33 @@ def write_captions(recipe: Recipe, workspace: Workspace) -> dict[str, int]:
         _write_part(workspace, files, rows)
     if not seen:
         raise ValueError(f"captions: there are none in {recipe.captions}")
-    return {"captions": len(seen), "duplicates": duplicates}
+    return {"captions": len(seen), "duplicates": duplicates, "refused": refused}
+
+
+def read_captions(recipe: Recipe) -> Iterator[str]:
+    """The captions that the recipe names, as they are."""
+    if isinstance(recipe.captions, FileCaptions):
+        return file_captions(recipe.captions)
+    if isinstance(recipe.captions, HubCaptions):
+        return hub_captions(recipe.captions)
+    return grammar_captions(recipe.captions, recipe.seed)
+
+
+def screening(recipe: Recipe) -> Callable[[str], str]:
+    """A function that says of one caption after the other why the model is not asked; "" where it is."""
+    max_words = recipe.instructions.max_caption_words
+    # Scenes of the grammar are told apart by single words, and the job draws no caption twice.
+    alike = 1.0 if isinstance(recipe.captions, GrammarCaptions) else recipe.captions.near_duplicates
+    earlier = NearDuplicates(alike) if alike < 1 else None
+
+    def screen(caption: str) -> str:
+        refusal = refuse(caption, max_words)
+        if refusal or earlier is None:
+            return refusal
+        first = earlier.add(caption)
+        return "" if first is None else f"near-duplicate of {caption_id(first)}"
+
+    return screen
 
 
 def _write_part(workspace: Workspace, part: int, rows: list[dict[str, str]]) -> None:
@@ -133,29 +163,6 @@ def grammar_captions(captions: GrammarCaptions, seed: int) -> Iterator[str]:
         if drawn.caption not in seen and (captions.say_places or "places" in drawn.unsaid):
             seen.add(drawn.caption)
             yield drawn.caption
-
-
-def file_captions(captions: FileCaptions) -> Iterator[str]:
-    """The captions of a parquet file or folder; a missing one is empty.
-
-    Raises ValueError for a path where nothing is, and for a column that is not there or holds no text.
-    """
-    source, column = Workspace(captions.path), captions.column
-    if not source.exists():
-        raise ValueError(f"captions.path: there is nothing at {captions.path!r}")
-    table = pads.dataset(source.root, filesystem=source.fs, format="parquet")
-    if column not in table.schema.names:
-        raise ValueError(f"captions.column: {column!r} is not in {captions.path}, {', '.join(table.schema.names)} are")
-    kind = table.schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"captions.column: {column!r} of {captions.path} holds {kind}, not text")
-    count = 0
-    for batch in table.to_batches(columns=[column]):
-        for caption in batch[column].to_pylist():
-            if count == captions.limit:
-                return
-            count += 1
-            yield caption or ""
 
 
 def generate(recipe: Recipe, workspace: Workspace, to_do: int) -> None:
@@ -239,8 +246,7 @@ def ask(row: dict[str, Any], settings: Instructions, run_seed: int) -> dict[str,
     }
     few_shot = settings.prompt == "few_shot"
     question = {"messages": few_shot_messages(caption)} if few_shot else {"prompt": tuned_prompt(caption)}
-    refusal = refuse(caption, settings.max_caption_words)
-    return {**question, "sampling_params": sampling, "refusal": refusal, "__inference_error__": refusal}
+    return {**question, "sampling_params": sampling, "__inference_error__": row["refusal"]}
 
 
 def read_answers(table: pa.Table, settings: Instructions, tally: Tally) -> pa.Table:

@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 from ip2p.cli import load_settings
-from ip2p.recipe import FileCaptions, GrammarCaptions
+from ip2p.recipe import FileCaptions, GrammarCaptions, HubCaptions
 from tests.test_recipe import MINIMAL
 
 
@@ -74,9 +74,10 @@ def test_dotted_flags_of_every_shape(recipe, flags, get, expected):
 
 
 def test_another_kind_of_captions_replaces_the_files(recipe):
-    flags = ["--captions.kind", "parquet", "--captions.path", "captions.parquet"]
-    found, _, _ = load_settings("A job.", argv=["--recipe", recipe, *flags], needs=())
-    assert found.captions == FileCaptions(path="captions.parquet")
+    for kind, made in (("files", FileCaptions), ("parquet", FileCaptions), ("hub", HubCaptions)):
+        flags = ["--captions.kind", kind, "--captions.path", "a/captions", "--captions.near_duplicates", "1"]
+        found, _, _ = load_settings("A job.", argv=["--recipe", recipe, *flags], needs=())
+        assert found.captions == made(kind=kind, path="a/captions", near_duplicates=1)
     found, _, _ = load_settings("A job.", argv=["--recipe", recipe, "--captions.kind", "grammar"], needs=())
     assert found.captions == GrammarCaptions(count=7)
 
@@ -128,7 +129,8 @@ def test_all_problems_of_a_file_are_told_at_once(recipe, capsys):
     assert refused(capsys, "--recipe", recipe, needs=()) == [
         "name: missing",
         "captions.n: there is no such key; there are captions.kind, captions.count, captions.kinds, "
-        "captions.say_places, captions.path, captions.column, captions.limit",
+        "captions.say_places, captions.path, captions.column, captions.limit, captions.near_duplicates, "
+        "captions.revision, captions.split",
         'pairs.steps: Input should be a valid integer, unable to parse string as an integer, not "x"',
         "pairs.candidatez: there is no such key; did you mean pairs.candidates?",
         "evaluat: there is no such key; did you mean evaluate?",

@@ -47,11 +47,3 @@ def _reason(instruction: str, edited_caption: str, caption: str, max_caption_wor
     if edited_caption.casefold() == " ".join(caption.split()).casefold():
         return "caption unchanged"
     return ""
-
-
-def refuse(caption: str, max_caption_words: int) -> str:
-    """Return why `caption` is not worth the model's time: empty, or too long; "" when it is fine."""
-    words = caption.split()
-    if not words:
-        return "empty caption"
-    return "caption too long" if len(words) > max_caption_words else ""

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ip2p.captions.parse import parse, refuse
+from ip2p.captions.parse import parse
 from ip2p.captions.prompt import answer
 
 CAPTION = "a brown dog on a sofa"
@@ -43,13 +43,3 @@ def test_every_fault_has_its_own_reason(text, reason):
 def test_only_readable_faults_keep_their_texts():
     assert parse(answer("make it sleep", CAPTION), CAPTION)[:2] == ("make it sleep", CAPTION)
     assert parse('{"instruction": "make it sl', CAPTION)[:2] == ("", "")
-
-
-@pytest.mark.parametrize(("caption", "reason"), [("", "empty caption"), (" \n\t", "empty caption")])
-def test_empty_captions_are_refused(caption, reason):
-    assert refuse(caption, 60) == reason
-
-
-def test_length_is_counted_in_words():
-    assert refuse("word " * 60, 60) == ""
-    assert refuse("word " * 61, 60) == "caption too long"
