@@ -6,7 +6,6 @@ import unicodedata
 from functools import cache
 from itertools import pairwise
 
-from datasketch import MinHash, MinHashLSH
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 # Tags by name: "<3" is no markup, and neither is the <PERSON> that published caption sets put for names.
@@ -124,6 +123,8 @@ class NearDuplicates:
     """
 
     def __init__(self, threshold: float):
+        from datasketch import MinHash, MinHashLSH  # here: it brings scipy, and only who reads the captions needs it
+
         self.threshold = threshold
         weights = (1 - MISSES_WEIGH, MISSES_WEIGH)
         self.index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=weights)
@@ -134,7 +135,7 @@ class NearDuplicates:
         shingles = word_pairs(caption)
         sketch = self.blank.copy()
         sketch.update_batch([shingle.encode() for shingle in shingles])
-        found = [(jaccard(shingles, word_pairs(earlier)), earlier) for earlier in self.index.query(sketch)]
+        found = [(jaccard(shingles, word_pairs(earlier)), earlier) for earlier in map(str, self.index.query(sketch))]
         likeness, earlier = max(found, default=(0.0, ""))
         if likeness >= self.threshold:
             return earlier
