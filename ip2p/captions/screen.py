@@ -127,7 +127,8 @@ class NearDuplicates:
 
         self.threshold = threshold
         weights = (1 - MISSES_WEIGH, MISSES_WEIGH)
-        self.index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=weights)
+        # The index needs two bands, and has none above .95; what it proposes is compared with the true threshold.
+        self.index = MinHashLSH(threshold=min(threshold, 0.95), num_perm=PERMUTATIONS, weights=weights)
         self.blank = MinHash(num_perm=PERMUTATIONS)  # copied, as drawing the permutations takes longer than using them
 
     def add(self, caption: str) -> str | None:

@@ -390,6 +390,14 @@ def test_a_lower_threshold_finds_more():
         assert near.add(other) == found
 
 
+@pytest.mark.parametrize("threshold", [0.001, 0.5, 0.97, 0.9999])
+def test_any_threshold_can_be_had(threshold):
+    near = NearDuplicates(threshold)
+    assert near.add(LONG) is None
+    assert near.add(LONG.upper()) == LONG
+    assert near.add(f"{LONG} today") == (LONG if threshold < 0.96 else None)
+
+
 def test_most_near_duplicates_are_found_among_many_captions():
     rng = random.Random(0)
     near = NearDuplicates(0.9)
