@@ -109,9 +109,7 @@ NearDuplicate = Annotated[
 class FileCaptions(Section):
     """Captions from a parquet, JSONL or CSV file, or a folder of one of these."""
 
-    kind: Literal["files", "parquet"] = Field(
-        default="files", description="grammar, files (or parquet, for the same) or hub; the recipe file says which"
-    )
+    kind: Literal["files"] = Field(default="files", description="grammar, files or hub; the recipe file says which")
     path: str = Field(description="file or folder (.parquet, .jsonl, .csv), local, s3:// or gs://; or a hub dataset")
     column: str = Field(default="caption", description="the column that holds the caption, e.g. TEXT")
     limit: Positive | None = Field(default=None, description="read only the first so many rows")

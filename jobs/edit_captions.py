@@ -132,10 +132,9 @@ def screening(recipe: Recipe) -> Callable[[str], str]:
 
     def screen(caption: str) -> str:
         refusal = refuse(caption, max_words)
-        if refusal or earlier is None:
-            return refusal
-        first = earlier.add(caption)
-        return "" if first is None else f"near-duplicate of {caption_id(first)}"
+        if not refusal and earlier is not None and earlier.add(caption):
+            return "near-duplicate"
+        return refusal
 
     return screen
 

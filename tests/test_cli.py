@@ -74,7 +74,7 @@ def test_dotted_flags_of_every_shape(recipe, flags, get, expected):
 
 
 def test_another_kind_of_captions_replaces_the_files(recipe):
-    for kind, made in (("files", FileCaptions), ("parquet", FileCaptions), ("hub", HubCaptions)):
+    for kind, made in (("files", FileCaptions), ("hub", HubCaptions)):
         flags = ["--captions.kind", kind, "--captions.path", "a/captions", "--captions.near_duplicates", "1"]
         found, _, _ = load_settings("A job.", argv=["--recipe", recipe, *flags], needs=())
         assert found.captions == made(kind=kind, path="a/captions", near_duplicates=1)
@@ -141,7 +141,7 @@ def test_files_that_are_not_there(recipe, capsys, tmp_path):
     assert "recipes/miniature.yaml" in refused(capsys, "--recipe", "nope.yaml")[0]
     assert refused(capsys)[0].startswith("--recipe: missing; name a recipe file")
     wrong = ["--models.clip.name", "local-dir:no/such/clip", "--models.clip.pretrained", "null"]
-    wrong += ["--models.llm.path", "no/such/llm", "--captions.kind", "parquet", "--captions.path", f"{tmp_path}/none"]
+    wrong += ["--models.llm.path", "no/such/llm", "--captions.kind", "files", "--captions.path", f"{tmp_path}/none"]
     problems = refused(
         capsys,
         "--recipe",

@@ -70,7 +70,7 @@ def test_the_real_recipe_pins_every_hub_model_and_keeps_upstreams_protocol():
         ({"evaluate": {"guidance_scale": []}}, "at least 1 item"),
         ({"captions": {"kind": "files"}}, "path"),
         ({"captions": {"kind": "hub", "path": "a/b", "near_duplicates": 0}}, "greater than 0"),
-        ({"captions": {"kind": "csv", "path": "a.csv"}}, "'grammar', 'files', 'parquet', 'hub'"),
+        ({"captions": {"kind": "csv", "path": "a.csv"}}, "'grammar', 'files', 'hub'"),
         ({"captions": {"kind": "grammar", "path": "x"}}, "Extra inputs"),
         ({"models": {**MINIMAL["models"], "clip": {"name": "ViT-L-14"}}}, "needs pretrained"),
         ({"models": {**MINIMAL["models"], "clip": {"name": "local-dir:x", "pretrained": "openai"}}}, "leave out"),

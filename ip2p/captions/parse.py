@@ -1,9 +1,18 @@
 """The language model's text -> (instruction, edited caption), or the reason why not."""
 
 import json
+import re
 from typing import NamedTuple
 
 MAX_INSTRUCTION_WORDS = 30
+# Of the shorter caption: removing and isolating keep few words of a long one, but nearly all that is left is old.
+MIN_SHARED_WORDS = 1 / 3
+# How a text begins that tells what is to be seen, not what to do.
+DESCRIPTION = re.compile(
+    r"(?:an?|here(?:'s| is)|this is|it(?:'s| is)|there (?:is|are)|(?:the |a )?(?:image|picture|photo|painting) "
+    r"(?:of|shows))\b",
+    re.IGNORECASE,
+)
 
 
 class Parsed(NamedTuple):
@@ -18,7 +27,8 @@ def parse(text: str, caption: str, max_caption_words: int = 60) -> Parsed:
     """Read the JSON object that `prompt.SCHEMA` describes and check it against `caption`.
 
     Every check has its own reason, so that reasons can be counted: not json, not an object, missing <key>,
-    <key> is not text, empty <key>, instruction too long, edited caption too long, caption unchanged.
+    <key> is not text, empty <key>, instruction too long, instruction describes, edited caption too long, caption
+    unchanged, another scene.
     """
     try:
         values = json.loads(text)
@@ -42,8 +52,17 @@ def _reason(instruction: str, edited_caption: str, caption: str, max_caption_wor
         return "empty edited_caption"
     if len(instruction.split()) > MAX_INSTRUCTION_WORDS:
         return "instruction too long"
+    if DESCRIPTION.match(instruction) or instruction.casefold() == edited_caption.casefold():
+        return "instruction describes"
     if len(edited_caption.split()) > max_caption_words:
         return "edited caption too long"
     if edited_caption.casefold() == " ".join(caption.split()).casefold():
         return "caption unchanged"
-    return ""
+    shared, shorter = shared_words(caption, edited_caption)
+    return "another scene" if shared < shorter * MIN_SHARED_WORDS else ""
+
+
+def shared_words(caption: str, edited_caption: str) -> tuple[int, int]:
+    """How many words two captions have in common, and how many the shorter one has."""
+    before, after = (set(re.findall(r"\w+", text.casefold())) for text in (caption, edited_caption))
+    return len(before & after), min(len(before), len(after))

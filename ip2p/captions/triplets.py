@@ -4,12 +4,11 @@ Ours are `triplets.jsonl`, over captions as the web writes them; the exemplars o
 """
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from ip2p.captions.parse import MAX_INSTRUCTION_WORDS
+from ip2p.captions.parse import MAX_INSTRUCTION_WORDS, MIN_SHARED_WORDS, shared_words
 
 PATH = Path(__file__).with_name("triplets.jsonl")
 
@@ -40,8 +39,6 @@ SPELLINGS = {
     "instruction": ("instruction", "edit"),
     "edited_caption": ("edited_caption", "output"),
 }
-
-MIN_SHARED_WORDS = 1 / 3
 
 
 class Triplet(NamedTuple):
@@ -100,9 +97,7 @@ def problems(triplet: Triplet) -> list[str]:
         found.append(f"instruction has {length} words; say it in {MAX_INSTRUCTION_WORDS}")
     if _folded(triplet.caption) == _folded(triplet.edited_caption):
         found.append("edited_caption is the caption unchanged")
-    before, after = _words(triplet.caption), _words(triplet.edited_caption)
-    # Of the shorter text: removing and isolating keep few words of a long caption, but nearly all that is left is old.
-    shared, shorter = len(before & after), min(len(before), len(after))
+    shared, shorter = shared_words(triplet.caption, triplet.edited_caption)
     if shared < shorter * MIN_SHARED_WORDS:
         found.append(f"edited_caption shares {shared} of {shorter} words with the caption; keep the rest")
     if triplet.edit_type is not None and triplet.edit_type not in EDIT_TYPES:
@@ -123,10 +118,6 @@ def duplicates(triplets: Iterable[Triplet]) -> list[Triplet]:
 
 def _folded(text: str) -> str:
     return " ".join(text.split()).casefold()
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.casefold()))
 
 
 TRIPLETS = tuple(read_triplets(PATH))

@@ -4,6 +4,7 @@ import pytest
 
 from ip2p.captions.parse import parse
 from ip2p.captions.prompt import answer
+from ip2p.captions.triplets import TRIPLETS
 
 CAPTION = "a brown dog on a sofa"
 
@@ -34,10 +35,34 @@ def test_line_breaks_and_spaces_are_made_single_spaces():
         (answer("please " * 31, "a dog"), "instruction too long"),
         (answer("make it sleep", "dog " * 61), "edited caption too long"),
         (answer("make it sleep", "A brown  dog on a Sofa"), "caption unchanged"),
+        (answer("a brown dog asleep on a sofa", "a sleeping dog on a sofa"), "instruction describes"),
+        (answer("The image shows a dog", "a dog"), "instruction describes"),
+        (answer("dog, asleep", "Dog, asleep"), "instruction describes"),
+        (answer("make it sleep", "two cats under the big table"), "another scene"),
+        (answer("keep the sofa", "sofa and three chairs"), "another scene"),
     ],
 )
 def test_every_fault_has_its_own_reason(text, reason):
     assert parse(text, CAPTION).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("instruction", "edited_caption"),
+    [
+        ("another dog, please", "a black dog on a sofa"),
+        ("item by item, remove everything but the sofa", "a sofa"),
+        ("there should be snow", "a brown dog on a sofa in the snow"),
+        ("photograph it from above", "a brown dog on a sofa from above"),
+        ("put it in a kennel", "a brown dog in a kennel"),
+    ],
+)
+def test_what_is_nearly_a_fault_is_none(instruction, edited_caption):
+    assert parse(answer(instruction, edited_caption), CAPTION).reason == ""
+
+
+def test_none_of_our_triplets_is_refused():
+    found = [parse(answer(t.instruction, t.edited_caption), t.caption) for t in TRIPLETS]
+    assert not [parsed for parsed in found if parsed.reason]
 
 
 def test_only_readable_faults_keep_their_texts():
