@@ -148,6 +148,10 @@ def train_clip(out: Path, run: Run, vae: AutoencoderKL, *, steps: int, batch_siz
         read = read + reader.loss(text, [said(caption) for caption in captions + edited_captions])
         return contrastive_loss(image, text, logit_scale) + READING_WEIGHT * read
 
+    def measure(averaged: nn.Module) -> dict[str, float]:
+        assert isinstance(averaged, nn.ModuleDict)
+        return measure_clip(averaged["clip"], tokenizer, run.device)
+
     trained = fit(
         both,
         step_loss,
@@ -155,7 +159,7 @@ def train_clip(out: Path, run: Run, vae: AutoencoderKL, *, steps: int, batch_siz
         "clip",
         steps=steps,
         peak=2e-3,
-        measure=lambda ema: measure_clip(ema["clip"], tokenizer, run.device),
+        measure=measure,
     )
     assert isinstance(trained, nn.ModuleDict)
     if rank() == 0:
