@@ -128,8 +128,11 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def train_clip(out: Path, run: Run, vae: AutoencoderKL, *, steps: int, batch_size: int = 64) -> None:
-    """Train on `batch_size` scenes with an edit of each as hard negatives; writes an open_clip directory to `out`."""
+def train_clip(out: Path, run: Run, vae: AutoencoderKL, *, steps: int, batch_size: int = 32) -> None:
+    """Train on `batch_size` scenes with an edit of each as hard negatives, on every worker; what ships had two.
+
+    Writes an open_clip directory to `out`.
+    """
     torch.manual_seed(run.seed)
     tokenizer = build_tokenizer(vocabulary())
     config = clip_config(len(tokenizer))
