@@ -1,8 +1,9 @@
-"""Train the miniature family from nothing, or measure the one that ships.
+"""Train the miniature family from nothing, or measure the one that ships. The editor is trained by `make reproduce`.
 
     python -m jobs.pretrain_miniature --measure                      what the shipped models can do, on held-out scenes
     python -m jobs.pretrain_miniature                                train them, in order (hours on a CPU)
     python -m jobs.pretrain_miniature --models clip --steps.clip 200 one of them, shortly
+    python -m jobs.pretrain_miniature --ship workspace               ship the editor that make reproduce trained there
 
 Each model is trained by Ray Train on scenes drawn afresh, with fixed seeds; the same command goes on where it stopped.
 Several workers average their gradients.
@@ -32,7 +33,7 @@ from ip2p.recipe import ClipRef
 from jobs.train import threads_per_worker
 
 WEIGHTS = Path(__file__).parent.parent / "ip2p" / "miniature" / "weights"
-Name = Literal["autoencoder", "text_to_image", "clip", "language_model", "editor"]
+Name = Literal["autoencoder", "text_to_image", "clip", "language_model"]
 
 
 class Steps(BaseModel):
@@ -43,14 +44,13 @@ class Steps(BaseModel):
     text_to_image: int = 9000
     clip: int = 3000
     language_model: int = language_model.STEPS
-    editor: int = 12200
 
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(cli_prog_name="python -m jobs.pretrain_miniature", extra="forbid")
 
     models: list[Name] = Field(
-        ["autoencoder", "text_to_image", "clip", "language_model", "editor"], description="which to train"
+        ["autoencoder", "text_to_image", "clip", "language_model"], description="which to train, in this order"
     )
     steps: Steps = Steps()
     output: Path = Field(WEIGHTS, description="where the models are written, or measured")
@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, description="training processes; each draws its own scenes")
     device: Literal["cpu", "cuda"] = Field("cpu", description="cuda takes one GPU for each worker")
     seed: int = 0
+    ship: Path | None = Field(None, description="train nothing; ship the editor of this workspace of make reproduce")
     measure: bool = Field(False, description="train nothing; print the table of what the models in --output can do")
     scenes: int = Field(512, ge=64, description="held-out scenes for --measure")
 
@@ -87,9 +88,6 @@ def train_one(config: dict[str, Any]) -> None:
     elif name == "clip":
         vae = AutoencoderKL.from_pretrained(pretrained / "vae", torch_dtype=torch.float32)
         clip.train_clip(out / "clip", run, vae, steps=steps.clip)
-    elif name == "editor":
-        base = StableDiffusionPipeline.from_pretrained(pretrained, torch_dtype=torch.float32)
-        editor.train_editor(out / "editor", run, base, steps=steps.editor)
     else:
         language_model.train(
             out / "language_model",
@@ -151,7 +149,10 @@ def show(figures: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     settings = CliApp.run(Settings)
-    if settings.measure:
+    if settings.ship:
+        editor.ship_editor(settings.ship / "model", settings.output / "editor")
+        print(f"editor: written to {settings.output / 'editor'}")
+    elif settings.measure:
         figures = measure_all(settings)
         show(figures)
         (settings.output / "measured.json").write_text(json.dumps(figures, indent=1) + "\n")

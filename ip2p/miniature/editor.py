@@ -1,8 +1,4 @@
-"""The miniature editor: the text-to-image UNet, widened, taught on rendered edits of drawn scenes.
-
-`jobs.train` fine-tunes on generated pairs, as the paper does. This is the same model taught on the truth, without
-end: the editor that ships, and the yardstick for what generated pairs can reach.
-"""
+"""The miniature editor, which `make reproduce` trains as the paper does: how it is shipped, and what it can do."""
 
 # diffusers, transformers and open_clip annotate less than they take and give.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
@@ -13,81 +9,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKL,
     StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ip2p.miniature.autoencoder import SCALING_FACTOR, foreground_weight, patch_code, pixels
+from ip2p.miniature.autoencoder import pixels
 from ip2p.miniature.edits import EDIT_KINDS
-from ip2p.miniature.fit import Run, fit, generators, rank
 from ip2p.miniature.oracle import Judgement, judge_images
 from ip2p.miniature.render import render_batch
-from ip2p.miniature.text_to_image import stratified_timesteps
-from ip2p.miniature.tokenizer import tokenize
 from ip2p.miniature.triplets import draw_triplet
-from ip2p.train.dropout import dropout_masks
-from ip2p.train.unet import widen_conv_in
-
-DROPOUT = (0.05, 0.05, 0.05)  # text, image, both: the paper's
 
 
-def train_editor(out: Path, run: Run, base: StableDiffusionPipeline, *, steps: int, batch_size: int = 32) -> None:
-    """Widen and train `base`; writes a StableDiffusionInstructPix2PixPipeline directory in fp16 to `out`.
+def ship_editor(model: Path, out: Path) -> None:
+    """Write the UNet that `make reproduce` trained to `model` (a diffusers directory) to `out`, in fp16.
 
-    The text encoder stays as it is: it has learned to read instructions.
+    All else of the shipped editor is the text-to-image model's, by links. Raises `ValueError` when there is no model.
     """
-    torch.manual_seed(run.seed)
-    widen_conv_in(base.unet)
-    base.to(run.device)
-    vae: AutoencoderKL = base.vae.eval().requires_grad_(False)
-    unet: UNet2DConditionModel = base.unet
-    base.text_encoder.eval().requires_grad_(False)
-
-    def step_loss(step: int) -> Tensor:
-        rng, generator = generators(run.seed, step)
-        drawn = [draw_triplet(rng, held_out=False) for _ in range(batch_size)]
-        before = pixels([triplet.scene for triplet in drawn]).to(run.device)
-        after = pixels([triplet.edited_scene for triplet in drawn]).to(run.device)
-        no_text, no_image = dropout_masks(torch.rand(batch_size, generator=generator), *DROPOUT)
-        texts = ["" if drop else edit.instruction for edit, drop in zip(drawn, no_text.tolist(), strict=True)]
-        states = base.text_encoder(tokenize(base.tokenizer, texts).to(run.device)).last_hidden_state
-        with torch.no_grad():
-            image_latents = vae.encode(before).latent_dist.mode()
-        image_latents = image_latents * ~no_image.to(run.device)[:, None, None, None]
-        latents = patch_code(after) * SCALING_FACTOR
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = stratified_timesteps(batch_size, 1000, generator).to(run.device)
-        noisy = base.scheduler.add_noise(latents, noise, timesteps)
-        velocity = base.scheduler.get_velocity(latents, noise, timesteps)
-        predicted = unet(torch.cat([noisy, image_latents], 1), timesteps, encoder_hidden_states=states).sample
-        # Where the source has objects, which the model sees. A weight on what changes, which it has to find out, would
-        # teach it to change too much.
-        weight = F.max_pool2d(foreground_weight(before), 4)
-        return (weight * (predicted - velocity) ** 2).mean()
-
-    def pipeline(unet: nn.Module) -> StableDiffusionInstructPix2PixPipeline:
-        return StableDiffusionInstructPix2PixPipeline(
-            vae=vae,
-            text_encoder=base.text_encoder,
-            tokenizer=base.tokenizer,
-            unet=unet,
-            scheduler=base.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-
-    def measure(ema: nn.Module) -> dict[str, float]:
-        rates = measure_editor(pipeline(ema), 120)
-        return {name: rate for name, rate in rates.items() if "." not in name}
-
-    trained = fit(unet, step_loss, run, "editor", steps=steps, peak=1e-3, measure=measure)
-    if rank() == 0:
-        pipeline(trained).to(dtype=torch.float16).save_pretrained(out)
+    if not (model / "unet").is_dir():
+        raise ValueError(f"{model} holds no trained editor: run make reproduce there first")
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").half()
+    unet.register_to_config(_name_or_path="")  # where it lay is nobody's business
+    unet.save_pretrained(out / "unet")
 
 
 @torch.inference_mode()
@@ -96,8 +38,8 @@ def measure_editor(
     count: int,
     seed: int = 1,
     *,
-    guidance_scale: float = 2.0,
-    image_guidance_scale: float = 1.5,
+    guidance_scale: float = 4.0,
+    image_guidance_scale: float = 2.0,
 ) -> dict[str, float]:
     """What the oracle says of `count` edits of held-out scenes in unseen wordings (16 steps), all kinds in turn.
 
