@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from pydantic import BaseModel, Field
+from pydantic_settings import CliImplicitFlag
 from ray.data import DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
@@ -43,7 +44,9 @@ CPU_ENVIRONMENT = {
 
 
 class Flags(BaseModel):
-    overwrite: bool = Field(False, description="make instructions/ anew, and remove what was made from it")
+    overwrite: CliImplicitFlag[bool] = Field(
+        False, description="make instructions/ anew, and remove what was made from it"
+    )
 
 
 def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:

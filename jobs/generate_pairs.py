@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from pydantic import BaseModel, Field
+from pydantic_settings import CliImplicitFlag
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
@@ -32,7 +33,7 @@ REJECTED = "rejected: "  # what a count of candidates by reason begins with
 
 
 class Flags(BaseModel):
-    overwrite: bool = Field(False, description="make pairs/ anew, and remove what was made from it")
+    overwrite: CliImplicitFlag[bool] = Field(False, description="make pairs/ anew, and remove what was made from it")
 
 
 def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:

@@ -18,7 +18,7 @@ import ray.train
 import torch
 from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from pydantic import BaseModel, Field
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, CliImplicitFlag, SettingsConfigDict
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from rich.console import Console
@@ -59,7 +59,9 @@ class Settings(BaseSettings):
     device: Literal["cpu", "cuda"] = Field("cpu", description="cuda takes one GPU for each worker")
     seed: int = 0
     ship: Path | None = Field(None, description="train nothing; ship the editor of this workspace of make reproduce")
-    measure: bool = Field(False, description="train nothing; print the table of what the models in --output can do")
+    measure: CliImplicitFlag[bool] = Field(
+        False, description="train nothing; print the table of what the models in --output can do"
+    )
     scenes: int = Field(512, ge=64, description="held-out scenes for --measure")
 
 

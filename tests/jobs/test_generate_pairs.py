@@ -199,6 +199,15 @@ def test_cuda_that_the_cluster_lacks_is_refused(recipe, workspace, local_ray):
         generate_pairs.run(recipe.model_copy(update={"device": "cuda"}), workspace)
 
 
+def test_overwrite_is_a_flag_of_its_own(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(generate_pairs, "run", lambda recipe, workspace, overwrite: given.append(overwrite))
+    flags = ["--recipe", "recipes/miniature.yaml", "--workspace", str(tmp_path)]
+    for argv in (flags, [*flags, "--overwrite"]):
+        generate_pairs.main(argv)
+    assert given == [False, True]
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as end:
         generate_pairs.main(["--help"])
