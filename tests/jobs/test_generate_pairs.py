@@ -201,7 +201,7 @@ def test_cuda_that_the_cluster_lacks_is_refused(recipe, workspace, local_ray):
 
 def test_overwrite_is_a_flag_of_its_own(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(generate_pairs, "run", lambda recipe, workspace, overwrite: given.append(overwrite))
+    monkeypatch.setattr(generate_pairs, "run", lambda *arguments: given.append(arguments[2]))
     flags = ["--recipe", "recipes/miniature.yaml", "--workspace", str(tmp_path)]
     for argv in (flags, [*flags, "--overwrite"]):
         generate_pairs.main(argv)
