@@ -1,5 +1,6 @@
 """How the miniature models are trained, and that those which ship are what the README says."""
 
+import json
 import random
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -141,11 +143,13 @@ def test_the_editor_of_a_workspace_is_shipped_in_half_precision(tmp_path):
     trained = UNet2DConditionModel.from_pretrained(WEIGHTS / "editor" / "unet", torch_dtype=torch.float32)
     trained.save_pretrained(tmp_path / "model" / "unet")
     editor.ship_editor(tmp_path / "model", tmp_path / "out")
-    shipped = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet", torch_dtype="auto")
-    assert shipped.dtype == torch.float16
-    assert shipped.config["in_channels"] == trained.config["in_channels"]
+    config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
+    assert config["in_channels"] == trained.config["in_channels"]
+    shipped = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert shipped.keys() == trained.state_dict().keys()
     assert str(tmp_path) not in (tmp_path / "out" / "unet" / "config.json").read_text()
-    for name, value in shipped.state_dict().items():
+    for name, value in shipped.items():
+        assert value.dtype == torch.float16
         assert torch.equal(value, trained.state_dict()[name].half())
 
 
