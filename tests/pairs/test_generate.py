@@ -134,6 +134,9 @@ def test_an_early_look_ends_hopeless_candidates_part_way(table, generator):
     assert (row["status"], row["reason"]) == ("rejected", "early quality < 1: 3")
     assert row["unet_samples"] == 3 * 2 * 2 * 1  # candidates, images, conditionings, steps
     early = sorted(candidate["quality"] for candidate in row["candidates"])
+    # What was dropped calls for more, as what was judged does.
+    in_rounds = with_pairs(nothing, adaptive=Adaptive(round=1, give_up_below=0))(batch(ROWS[:1])).to_pylist()
+    assert in_rounds[0]["reason"] == "early quality < 1: 3"
 
     level = (early[0] + early[1]) / 2
     some = with_pairs(everything, early_look=EarlyLook(at=0.5, drop_below=level))
@@ -171,6 +174,9 @@ def test_local_blend_writes_the_mask_of_what_may_differ(generator):
         mask = images.decode(pair["mask"])
         assert mask.shape == (64, 64, 3)
         assert set(np.unique(mask)) == {0, 255}
+    ids = generator.model.tokenizer(["a dog", "a dog on ice"], padding="max_length", max_length=77).input_ids
+    blend = with_pairs(generator, sharing=sharing)._sharing(*ids).blend
+    assert not blend.source_tokens.any() and blend.edited_tokens.any(), "only the edited caption has words of its own"
     # Where no word differs there is nothing to blend by (and no direction, so that nothing is accepted).
     assert [reject["mask"] for reject in rows[1]["rejects"]] == [None, None]
 
