@@ -66,7 +66,7 @@ def held_out_rows(count: int, seed: int = 0) -> list[Row]:
     while len(rows) < count:
         drawn = draw_triplet(rng, held_out=True)
         key = caption_id(drawn.caption)
-        values = (key, drawn.caption, drawn.instruction, drawn.edited_caption, "ok", "")
+        values = (key, drawn.caption, drawn.instruction, drawn.edited_caption, "ok", "", drawn.edit.kind, 1)
         rows[key] = dict(zip(INSTRUCTIONS.names, values, strict=True))
     return list(rows.values())
 

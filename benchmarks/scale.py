@@ -63,7 +63,7 @@ class StandIn:
 def write_instructions(workspace: Workspace, count: int) -> None:
     for start in range(0, count, ROWS_PER_FILE):
         rows = [
-            (f"{n:016x}", f"caption {n}", "make it red", f"red caption {n}", "ok", "")
+            (f"{n:016x}", f"caption {n}", "make it red", f"red caption {n}", "ok", "", "colour", 1)
             for n in range(start, min(start + ROWS_PER_FILE, count))
         ]
         table = pa.table(dict(zip(INSTRUCTIONS.names, map(list, zip(*rows, strict=True)), strict=True)), INSTRUCTIONS)

@@ -1,4 +1,4 @@
-"""The only place that loads models: Stable Diffusion in the diffusers layout, and CLIP by open_clip."""
+"""The only place that loads models: Stable Diffusion in the diffusers layout, CLIP by open_clip, a language model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 import open_clip
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
 from torch import Tensor
-from transformers import CLIPTextModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ip2p.recipe import LOCAL_CLIP, ClipRef, ModelRef, locate
 
@@ -133,6 +134,21 @@ def load_text_to_image(
     config = dict(pipeline.scheduler.config)
     schedule = Schedule(pipeline.scheduler.alphas_cumprod.float().cpu(), config["prediction_type"], config)
     return TextToImage(pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet, schedule, device, dtype)
+
+
+def load_tokenizer(ref: ModelRef, key: str = "models.text_to_image") -> PreTrainedTokenizerBase:
+    """The tokenizer alone of a diffusers directory or of the hub."""
+    return _load(AutoTokenizer, ref, key, subfolder="tokenizer")
+
+
+def load_language_model(
+    ref: ModelRef, adapter: str | None = None, key: str = "models.llm"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer; with the directory of a LoRA adapter, its weights are merged in."""
+    model = _load(AutoModelForCausalLM, ref, key, dtype=getattr(torch, ref.dtype))
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model, _load(AutoTokenizer, ref, key)
 
 
 def load_clip(ref: ClipRef, device: str = "auto", key: str = "models.clip") -> ClipModel:

@@ -128,6 +128,18 @@ class HubCaptions(Section):
     near_duplicates: NearDuplicate = 0.9
 
 
+class Unsafe(Section):
+    """Texts that must not become pictures."""
+
+    score: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.8,
+        description="of alt-profanity-check's classifier, from which on a text is rejected; none of 567 of ours has it",
+    )
+    words: list[str] | None = Field(
+        default=None, description="whole words that are enough, in the plural too; null: those of captions/safety.py"
+    )
+
+
 class Instructions(Section):
     """Stage 1: the language model writes an instruction and an edited caption for each caption."""
 
@@ -143,6 +155,20 @@ class Instructions(Section):
     max_caption_words: Positive = Field(
         default=60, description="longer captions are rejected before the model sees them"
     )
+    attempts: Positive = Field(
+        default=1,
+        description="times that a caption is asked, each with another seed, until an answer passes the checks",
+    )
+    quotas: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict,
+        description="largest share of a batch's captions for an edit type, e.g. {time: 0.1}; the rest are asked again",
+    )
+    unsafe: Unsafe | None = Field(
+        default_factory=Unsafe, description="texts that must not become pictures; null: all may"
+    )
+    same_meaning: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="CLIP similarity of the two captions from which on only the words differ; null: any"
+    )
     batch_size: Positive = Field(default=64, description="captions handed to an engine at a time")
     replicas: Positive = Field(default=1, description="vLLM engines")
     max_model_len: Positive = Field(default=512, description="tokens of prompt and answer together")
@@ -157,6 +183,25 @@ class Instructions(Section):
                 f"max_tokens {self.max_tokens} must be less than max_model_len {self.max_model_len}: prompts need room"
             )
         return self
+
+
+class Tune(Section):
+    """Teach `models.llm` to answer captions with edits by triplets (paper, 3.1.1); `language_model/` is the result."""
+
+    triplets: str | None = Field(
+        default=None,
+        description="JSONL of caption (or input), instruction (or edit), edited_caption (or output) and perhaps "
+        "edit_type; null: ours, or drawn by the miniature's grammar with truth: oracle",
+    )
+    count: Positive = Field(default=400, description="triplets that are drawn, of captions.kinds")
+    lora_rank: Positive | None = Field(
+        default=16, description="rank of the adapter (LoRA) that learns; null: all weights"
+    )
+    epochs: Positive = Field(default=3, description="times that each triplet is seen")
+    batch_size: Positive = Field(default=16, description="triplets in one step of each worker")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=2e-4, description="falls to 0, linearly")
+    validation_fraction: Fraction = Field(default=0.1, description="share of the triplets that is held out")
+    workers: Positive = Field(default=1, description="training processes, one GPU each where there are GPUs")
 
 
 SharingMode = Literal["self", "replace", "refine"]
@@ -397,6 +442,7 @@ class Recipe(Section):
     )
     models: Models
     captions: Annotated[GrammarCaptions | FileCaptions | HubCaptions, Field(discriminator="kind")]
+    tune: Tune = Tune()
     instructions: Instructions = Instructions()
     pairs: Pairs = Pairs()
     dataset: Dataset = Dataset()

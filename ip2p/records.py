@@ -23,6 +23,8 @@ INSTRUCTIONS = pa.schema(
         "edited_prompt": pa.string(),
         "status": pa.string(),
         "reason": pa.string(),
+        "edit_type": pa.string(),  # as the model named it, or the miniature's grammar; "" where nobody can say
+        "attempts": pa.int32(),  # how often the model was asked, each time with another seed
     }
 )
 
@@ -64,6 +66,7 @@ DATASET = pa.schema(
         "edited_image": IMAGE,
         "pair_id": pa.string(),
         "caption_id": pa.string(),
+        "edit_type": pa.string(),
         "seed": pa.int64(),
         "shared_attention_fraction": pa.float32(),
         "guidance_scale": pa.float32(),

@@ -1,13 +1,13 @@
 """Stage 1: a language model writes an instruction and an edited caption for every caption.
 
-captions/ -> prompts -> vLLM -> parse -> instructions/, one row for every caption, whatever becomes of it
+captions/ -> prompts -> vLLM -> parse and check -> instructions/, one row for every caption, whatever becomes of it
 """
 
 import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -15,27 +15,30 @@ import pyarrow.parquet as pq
 import ray
 from pydantic import BaseModel, Field
 from pydantic_settings import CliImplicitFlag
-from ray.data import DataContext, SaveMode
+from ray.data import ActorPoolStrategy, DataContext, Dataset, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from cluster.connect import connect, uses_gpu
-from cluster.progress import Tally, time_left
-from ip2p.captions.parse import parse
-from ip2p.captions.prompt import SCHEMA, few_shot_messages, tuned_prompt
+from cluster.progress import Counted, Tally, time_left
+from ip2p.captions.answers import ANSWERS, AnswerReader, names_type, too_long
+from ip2p.captions.edit_types import EDIT_TYPES
+from ip2p.captions.prompt import few_shot_messages, schema, tuned_prompt
 from ip2p.captions.screen import NearDuplicates, refuse
 from ip2p.captions.source import file_captions, hub_captions
 from ip2p.cli import load_settings
 from ip2p.miniature.edits import EDIT_KINDS, PLACED_KINDS
-from ip2p.miniature.triplets import draw_triplet
-from ip2p.recipe import FileCaptions, GrammarCaptions, HubCaptions, Instructions, Recipe, locate
-from ip2p.records import CAPTIONS, INSTRUCTIONS, caption_id, digest
+from ip2p.miniature.triplets import draw_triplet, edit_kind
+from ip2p.models import load_tokenizer
+from ip2p.recipe import FileCaptions, GrammarCaptions, HubCaptions, Recipe, locate
+from ip2p.records import CAPTIONS, caption_id, digest
 from ip2p.workspace import Workspace
 
 ROWS_PER_FILE = 5000
 # Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and a task needs room as well.
 ENGINE_CPUS = 0.5
-TASK_CPUS = 0.5
+READER_CPUS = 0.25
+TASK_CPUS = 0.25
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start: the engine's core runs the model itself
@@ -47,6 +50,7 @@ class Flags(BaseModel):
     overwrite: CliImplicitFlag[bool] = Field(
         False, description="make instructions/ anew, and remove what was made from it"
     )
+    preview: int = Field(0, ge=0, description="ask for the first so many captions, print what comes, write nothing")
 
 
 def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
@@ -55,16 +59,16 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
     Raises `ValueError` when `instructions/` was begun with another recipe.
     """
     started = time.perf_counter()
+    check(recipe)
     workspace.claim("instructions", decisive(recipe), overwrite)
     counts: dict[str, Any] = write_captions(recipe, workspace)
-    left = len(ids(workspace, "captions") - ids(workspace, "instructions"))
     print(
-        f"edit_captions: {counts['captions']} captions, {left} to do, {counts['duplicates']} duplicates left out, "
-        f"{counts['refused']} refused unasked"
+        f"edit_captions: {counts['captions']} captions, {to_do(workspace)} to do, {counts['duplicates']} duplicates "
+        f"left out, {counts['refused']} refused unasked"
     )
-    if left:
-        connect()
-        generate(recipe, workspace, left)
+    for attempt in range(1, recipe.instructions.attempts + 1):
+        if left := to_do(workspace):
+            generate(recipe, workspace, attempt, left)
     rows = workspace.read_table("instructions").to_pylist()
     counts |= summary(rows)
     workspace.mark_done("instructions", **counts)
@@ -72,6 +76,19 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
         "edit_captions", recipe=recipe.model_dump(mode="json"), seconds=time.perf_counter() - started, **counts
     )
     show(rows, counts)
+
+
+def check(recipe: Recipe) -> None:
+    """Raises `ValueError`, naming the key, for a quota of what is no edit type here."""
+    allowed = EDIT_TYPES if names_type(recipe) else EDIT_KINDS
+    for name in recipe.instructions.quotas:
+        if name not in allowed:
+            raise ValueError(f"instructions.quotas: {name!r} is no edit type; choose of {', '.join(allowed)}")
+
+
+def to_do(workspace: Workspace) -> int:
+    """Captions without a row in `instructions/`."""
+    return len(ids(workspace, "captions") - ids(workspace, "instructions"))
 
 
 def decisive(recipe: Recipe) -> dict[str, Any]:
@@ -129,12 +146,15 @@ def read_captions(recipe: Recipe) -> Iterator[str]:
 def screening(recipe: Recipe) -> Callable[[str], str]:
     """A function that says of one caption after the other why the model is not asked; "" where it is."""
     max_words = recipe.instructions.max_caption_words
+    tokenizer = load_tokenizer(recipe.models.text_to_image)
     # Scenes of the grammar are told apart by single words, and the job draws no caption twice.
     alike = 1.0 if isinstance(recipe.captions, GrammarCaptions) else recipe.captions.near_duplicates
     earlier = NearDuplicates(alike) if alike < 1 else None
 
     def screen(caption: str) -> str:
         refusal = refuse(caption, max_words)
+        if not refusal and too_long(tokenizer, caption):
+            return f"longer than {tokenizer.model_max_length} tokens"
         if not refusal and earlier is not None and earlier.add(caption):
             return "near-duplicate"
         return refusal
@@ -167,42 +187,75 @@ def grammar_captions(captions: GrammarCaptions, seed: int) -> Iterator[str]:
             yield drawn.caption
 
 
-def generate(recipe: Recipe, workspace: Workspace, to_do: int) -> None:
-    """Ask the model for every caption that has no row yet, `to_do` of them, and append the rows to `instructions/`."""
-    settings = recipe.instructions
+def generate(recipe: Recipe, workspace: Workspace, attempt: int, left: int) -> None:
+    """Ask the model for every caption that has no row yet, `left` of them, and append rows to `instructions/`.
+
+    Before the last attempt that is a row for what is settled; the others stay without, to be asked again.
+    """
+    connect()
     context = DataContext.get_current()
     context.checkpoint_config = CheckpointConfig(
         id_column="caption_id",
         checkpoint_path=workspace.uri("checkpoints", "instructions"),
         delete_checkpoint_on_success=False,
     )
-    light: dict[str, Any] = {"num_cpus": TASK_CPUS}
-    model = build_processor(
-        engine_config(recipe),
-        preprocess=lambda row: ask(row, settings, recipe.seed),
-        postprocess=lambda row: row,
-        preprocess_map_kwargs=light,
-        postprocess_map_kwargs=light,
-    )
     tally = Tally("edit_captions")
-    print(f"edit_captions: starting {settings.replicas} vLLM engine(s) with {recipe.models.llm.path}")
+    again = f", attempt {attempt} of {recipe.instructions.attempts} for {left} captions" if attempt > 1 else ""
+    print(f"edit_captions: {recipe.instructions.replicas} vLLM engine(s) with {recipe.models.llm.path}{again}")
     try:
-        with tally.shown(lambda counts, seconds: progress_line(counts, seconds, to_do)):
-            captions = ray.data.read_parquet(workspace.path("captions"), filesystem=workspace.fs, **light).repartition(
-                target_num_rows_per_block=settings.batch_size
-            )
-            (
-                model(captions)
-                .map_batches(
-                    lambda table: read_answers(table, settings, tally), batch_format="pyarrow", batch_size=None, **light
-                )
-                .write_parquet(
-                    workspace.path("instructions"), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
-                )
+        with tally.shown(lambda counts, seconds: progress_line(counts, seconds, left)):
+            captions = ray.data.read_parquet(
+                workspace.path("captions"), filesystem=workspace.fs, num_cpus=TASK_CPUS
+            ).repartition(target_num_rows_per_block=recipe.instructions.batch_size)
+            answered(captions, recipe, attempt, tally).write_parquet(
+                workspace.path("instructions"),
+                filesystem=workspace.fs,
+                mode=SaveMode.APPEND,
+                ray_remote_args={"num_cpus": TASK_CPUS},
             )
     finally:
         # It is the whole process's, and other stages have other ids.
         context.checkpoint_config = None
+
+
+def answered(captions: Dataset, recipe: Recipe, attempt: int, tally: Tally) -> Dataset:
+    """CAPTIONS -> the model -> INSTRUCTIONS; see AnswerReader for what `attempt` leaves out."""
+    light: dict[str, Any] = {"num_cpus": TASK_CPUS}
+    model = build_processor(
+        engine_config(recipe),
+        preprocess=lambda row: ask(row, recipe, attempt),
+        postprocess=lambda row: answer_of(row, recipe.instructions.max_tokens),
+        preprocess_map_kwargs=light,
+        postprocess_map_kwargs=light,
+    )
+    edit_type = None if names_type(recipe) else edit_kind
+    return model(captions).map_batches(
+        Counted,  # pyright: ignore[reportArgumentType]
+        fn_constructor_args=(AnswerReader, (recipe, attempt, edit_type), tally, count),
+        batch_format="pyarrow",
+        batch_size=recipe.instructions.batch_size,
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=READER_CPUS,
+    )
+
+
+def preview(recipe: Recipe, captions: int) -> None:
+    """Print the answers to the first captions that are not refused, with what the checks say; nothing is written."""
+    check(recipe)
+    screen, chosen = screening(recipe), []
+    for caption in read_captions(recipe):
+        if not screen(caption):
+            chosen.append({"caption_id": caption_id(caption), "caption": caption, "refusal": ""})
+        if len(chosen) == captions:
+            break
+    connect()
+    print(f"edit_captions: {recipe.models.llm.path} is asked for {len(chosen)} captions, once")
+    once = {"attempts": 1, "replicas": 1}
+    recipe = recipe.model_copy(update={"instructions": recipe.instructions.model_copy(update=once)})
+    rows = answered(ray.data.from_items(chosen), recipe, 1, Tally("preview")).take_all()
+    for row in rows:
+        print(example(row))
+    print(f"edit_captions: {histogram(row['edit_type'] for row in rows if row['status'] == 'ok')}")
 
 
 def engine_config(recipe: Recipe) -> vLLMEngineProcessorConfig:
@@ -235,49 +288,40 @@ def engine_config(recipe: Recipe) -> vLLMEngineProcessorConfig:
     )
 
 
-def ask(row: dict[str, Any], settings: Instructions, run_seed: int) -> dict[str, Any]:
+def ask(row: dict[str, Any], recipe: Recipe, attempt: int = 1) -> dict[str, Any]:
     """Columns for the engine. A refused caption is marked as ray.data.llm marks failures, which passes the model by."""
-    caption = row["caption"]
+    caption, settings = row["caption"], recipe.instructions
     sampling = {
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "max_tokens": settings.max_tokens,
         # Of the caption alone: the answer does not depend on which others share its batch, or on a restart.
-        "seed": digest("instruction", run_seed, row["caption_id"]) % 2**31,
-        "structured_outputs": {"json": json.dumps(SCHEMA)},
+        "seed": (digest("instruction", recipe.seed, row["caption_id"]) + attempt - 1) % 2**31,
+        "structured_outputs": {"json": json.dumps(schema(names_type(recipe)))},
     }
     few_shot = settings.prompt == "few_shot"
     question = {"messages": few_shot_messages(caption)} if few_shot else {"prompt": tuned_prompt(caption)}
     return {**question, "sampling_params": sampling, "__inference_error__": row["refusal"]}
 
 
-def read_answers(table: pa.Table, settings: Instructions, tally: Tally) -> pa.Table:
-    """Rows of `instructions/` for what came back from the engine."""
-    rows = [read_answer(row, settings) for row in table.to_pylist()]
-    tally.add({"captions": len(rows), **Counter(row["status"] for row in rows)})
-    return pa.Table.from_pylist(rows, schema=INSTRUCTIONS)
+def answer_of(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+    """The row of ANSWERS in what comes back from the engine; a refused caption has not been there."""
+    error = "" if row["refusal"] else row["__inference_error__"]
+    text = "" if row["refusal"] or error else row["generated_text"]
+    cut = bool(text) and row["num_generated_tokens"] >= max_tokens
+    values = (row["caption_id"], row["caption"], row["refusal"], text, cut, error)
+    return dict(zip(ANSWERS.names, values, strict=True))
+
+
+def count(rows: pa.Table) -> dict[str, int]:
+    """For the line of progress."""
+    return {"captions": rows.num_rows, **Counter(rows["status"].to_pylist())}
 
 
 def progress_line(counts: Counter[str], seconds: float, to_do: int) -> str:
     """What there is, and how long the rest takes."""
     statuses = ", ".join(f"{counts[status]:,} {status}" for status in ("ok", "rejected", "failed"))
     return f"{counts['captions']:,} of {to_do:,} captions: {statuses}; {time_left(counts['captions'], to_do, seconds)}"
-
-
-def read_answer(row: dict[str, Any], settings: Instructions) -> dict[str, str]:
-    """The row of `instructions/` (INSTRUCTIONS) for what came back from the engine."""
-    caption, instruction, edited_caption = row["caption"], "", ""
-    if row["refusal"]:
-        status, reason = "rejected", row["refusal"]
-    elif row["__inference_error__"]:
-        status, reason = "failed", row["__inference_error__"]
-    else:
-        instruction, edited_caption, reason = parse(row["generated_text"], caption, settings.max_caption_words)
-        if reason == "not json" and row["num_generated_tokens"] >= settings.max_tokens:
-            reason = "answer cut at max_tokens"
-        status = "rejected" if reason else "ok"
-    values = (row["caption_id"], caption, instruction, edited_caption, status, reason)
-    return dict(zip(INSTRUCTIONS.names, values, strict=True))
 
 
 def ids(workspace: Workspace, folder: str) -> set[str]:
@@ -288,25 +332,48 @@ def ids(workspace: Workspace, folder: str) -> set[str]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows by status, and by reason where there is one."""
+    """Rows by status, by reason where there is one, by type of edit and, of those asked, by number of attempts."""
     reasons = Counter(row["reason"] for row in rows if row["reason"])
-    return {**Counter(row["status"] for row in rows), "reasons": dict(reasons.most_common())}
+    types = Counter(row["edit_type"] for row in rows if row["status"] == "ok")
+    attempts = Counter(str(row["attempts"]) for row in rows if row["attempts"])
+    return {
+        **Counter(row["status"] for row in rows),
+        "reasons": dict(reasons.most_common()),
+        "edit_types": dict(types.most_common()),
+        "attempts": dict(sorted(attempts.items())),
+    }
 
 
 def show(rows: list[dict[str, Any]], counts: dict[str, Any]) -> None:
     """Print what came out, and five examples."""
     print("edit_captions: " + ", ".join(f"{counts.get(status, 0)} {status}" for status in ("ok", "rejected", "failed")))
-    for reason, count in counts["reasons"].items():
-        print(f"  {count:6d} {reason}")
+    for reason, number in counts["reasons"].items():
+        print(f"  {number:6d} {reason}")
+    print(f"edit_captions: {histogram(row['edit_type'] for row in rows if row['status'] == 'ok')}")
     for row in [row for row in rows if row["status"] == "ok"][:5]:
-        print(f"  {row['original_prompt']}\n    -> {row['edit_prompt']}\n    => {row['edited_prompt']}")
+        print(example(row))
+
+
+def example(row: dict[str, Any]) -> str:
+    verdict = f"\n    {row['status']}: {row['reason']}" if row["reason"] else ""
+    kind = f" ({row['edit_type']})" if row["edit_type"] else ""
+    return f"  {row['original_prompt']}\n    -> {row['edit_prompt']}{kind}\n    => {row['edited_prompt']}{verdict}"
+
+
+def histogram(edit_types: Iterable[str]) -> str:
+    """`time 31%, add 12%, ...`"""
+    counts = Counter(edit_type or "?" for edit_type in edit_types)
+    return ", ".join(f"{name} {number / counts.total():.0%}" for name, number in counts.most_common())
 
 
 def main(argv: list[str] | None = None) -> None:
     needs = ("workspace", "captions", "models.llm")
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
-    run(recipe, workspace, flags.overwrite)
+    if flags.preview:
+        preview(recipe, flags.preview)
+    else:
+        run(recipe, workspace, flags.overwrite)
 
 
 if __name__ == "__main__":

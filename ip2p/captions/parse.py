@@ -4,6 +4,8 @@ import json
 import re
 from typing import NamedTuple
 
+from ip2p.captions.edit_types import EDIT_TYPES
+
 MAX_INSTRUCTION_WORDS = 30
 # Of the shorter caption: removing and isolating keep few words of a long one, but nearly all that is left is old.
 MIN_SHARED_WORDS = 1 / 3
@@ -21,14 +23,15 @@ class Parsed(NamedTuple):
     instruction: str
     edited_caption: str
     reason: str
+    edit_type: str = ""
 
 
-def parse(text: str, caption: str, max_caption_words: int = 60) -> Parsed:
-    """Read the JSON object that `prompt.SCHEMA` describes and check it against `caption`.
+def parse(text: str, caption: str, max_caption_words: int = 60, names_type: bool = False) -> Parsed:
+    """Read the JSON object that `prompt.schema(names_type)` describes and check it against `caption`.
 
     Every check has its own reason, so that reasons can be counted: not json, not an object, missing <key>,
     <key> is not text, empty <key>, instruction too long, instruction describes, edited caption too long, caption
-    unchanged, another scene.
+    unchanged, another scene, unknown edit_type.
     """
     try:
         values = json.loads(text)
@@ -36,13 +39,18 @@ def parse(text: str, caption: str, max_caption_words: int = 60) -> Parsed:
         return Parsed("", "", "not json")
     if not isinstance(values, dict):
         return Parsed("", "", "not an object")
-    for key in ("instruction", "edited_caption"):
+    keys = ("instruction", "edited_caption", "edit_type") if names_type else ("instruction", "edited_caption")
+    for key in keys:
         if key not in values:
             return Parsed("", "", f"missing {key}")
         if not isinstance(values[key], str):
             return Parsed("", "", f"{key} is not text")
     instruction, edited_caption = (" ".join(values[key].split()) for key in ("instruction", "edited_caption"))
-    return Parsed(instruction, edited_caption, _reason(instruction, edited_caption, caption, max_caption_words))
+    reason = _reason(instruction, edited_caption, caption, max_caption_words)
+    edit_type = values["edit_type"] if names_type else ""
+    if edit_type and edit_type not in EDIT_TYPES:
+        edit_type, reason = "", reason or "unknown edit_type"
+    return Parsed(instruction, edited_caption, reason, edit_type)
 
 
 def _reason(instruction: str, edited_caption: str, caption: str, max_caption_words: int) -> str:

@@ -8,30 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from ip2p.captions.edit_types import EDIT_TYPES
 from ip2p.captions.parse import MAX_INSTRUCTION_WORDS, MIN_SHARED_WORDS, shared_words
 
 PATH = Path(__file__).with_name("triplets.jsonl")
-
-# What one edit changes; a triplet has the type that the instruction asks for, not what else follows from it.
-EDIT_TYPES = {
-    "replace": "one thing becomes another in its place",
-    "add": "something new appears",
-    "remove": "something disappears, the rest stays",
-    "colour": "a thing changes its colour",
-    "material": "a thing is made of something else",
-    "style": "the whole image is in another medium or art style",
-    "background": "what is behind the subject changes",
-    "weather": "rain, fog, snowfall, wind, sunshine, ice",
-    "time": "the time of day",
-    "season": "the time of year",
-    "count": "there are more or fewer of a thing",
-    "pose": "posture, action or facial expression",
-    "text": "written words or numbers",
-    "move": "a thing is in another place in the image",
-    "swap": "two things exchange places or looks",
-    "isolate": "only the subject is left, on a plain background",
-    "size": "a thing becomes larger or smaller",
-}
 
 # The columns, ours first, and how the JSONL files of InstructPix2Pix spell them.
 SPELLINGS = {

@@ -8,8 +8,9 @@ import copy
 
 import pyarrow as pa
 
-from ip2p.evaluate.truth import edit_kind, judge
+from ip2p.evaluate.truth import judge
 from ip2p.images import decode
+from ip2p.miniature.triplets import edit_kind
 from ip2p.pairs.filter import ACCEPTED, SURPLUS, best, quality, verdict
 from ip2p.pairs.generate import PairGenerator
 from ip2p.recipe import Recipe, Sharing, Thresholds

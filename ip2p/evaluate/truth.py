@@ -12,8 +12,6 @@ import pyarrow as pa
 from ip2p import images
 from ip2p.evaluate.sweep import TEST
 from ip2p.miniature.edits import EDIT_KINDS
-from ip2p.miniature.instructions import parse_instruction
-from ip2p.miniature.language import read_caption
 from ip2p.miniature.oracle import Judgement, judge_images
 from ip2p.miniature.render import render
 from ip2p.miniature.triplets import draw_triplet
@@ -85,12 +83,3 @@ def judge(sources: list[np.ndarray], instructions: list[str], results: list[np.n
     """The oracle on edited images, all uint8 (32, 32, 3); where an instruction makes no sense, nothing is right."""
     judged = judge_images(np.stack(sources), instructions, np.stack(results))
     return [NOTHING_RIGHT if isinstance(judgement, str) else judgement for judgement in judged]
-
-
-def edit_kind(caption: str, instruction: str) -> str | None:
-    """The kind of edit that an instruction about a captioned scene asks for; None when it makes no sense there."""
-    try:
-        described = read_caption(caption)
-        return parse_instruction(instruction, described.scene, described.unsaid).kind
-    except ValueError:
-        return None

@@ -26,10 +26,9 @@ from transformers import (
 
 from ip2p.captions.parse import parse
 from ip2p.captions.prompt import answer, tuned_prompt
-from ip2p.miniature.instructions import parse_instruction
-from ip2p.miniature.language import read_caption, vocabulary
+from ip2p.miniature.language import vocabulary
 from ip2p.miniature.language_model_data import Texts, draw_rows
-from ip2p.miniature.triplets import consistent, draw_triplet
+from ip2p.miniature.triplets import consistent, draw_triplet, edit_kind
 
 CONTEXT_LENGTH = 256
 STEPS = 27_000
@@ -291,16 +290,8 @@ def _rates(captions: list[str], texts: list[str]) -> dict[str, float]:
         valid += 1
         is_right = consistent(caption, parsed.instruction, parsed.edited_caption) is None
         right += is_right
-        kinds[_kind(caption, parsed.instruction)].append(is_right)
+        kinds[edit_kind(caption, parsed.instruction) or "unreadable"].append(is_right)
     rates = {"valid": valid / len(texts), "consistent": right / len(texts)}
     for kind, outcomes in sorted(kinds.items()):
         rates |= {f"consistent.{kind}": sum(outcomes) / len(outcomes), f"share.{kind}": len(outcomes) / len(texts)}
     return rates
-
-
-def _kind(caption: str, instruction: str) -> str:
-    try:
-        description = read_caption(caption)
-        return parse_instruction(instruction, description.scene, description.unsaid).kind
-    except ValueError:
-        return "unreadable"

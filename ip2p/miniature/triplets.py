@@ -52,6 +52,15 @@ def consistent(caption: str, instruction: str, edited_caption: str) -> str | Non
     return None
 
 
+def edit_kind(caption: str, instruction: str) -> str | None:
+    """The kind of edit that an instruction about a captioned scene asks for; None when it makes no sense there."""
+    try:
+        described = read_caption(caption)
+        return parse_instruction(instruction, described.scene, described.unsaid).kind
+    except ValueError:
+        return None
+
+
 class Triplet(NamedTuple):
     """What a language model sees of an edit, and the truth behind it."""
 

@@ -18,7 +18,10 @@ def explode(rows: pa.Table) -> list[dict[str, Any]]:
     shared = [name for name in SCORES if name != "verdict"]
     return [
         {
-            **{name: row[name] for name in ("original_prompt", "edit_prompt", "edited_prompt", "caption_id")},
+            **{
+                name: row[name]
+                for name in ("original_prompt", "edit_prompt", "edited_prompt", "caption_id", "edit_type")
+            },
             **{name: pair[name] for name in shared},
             "pair_id": f"{row['caption_id']}-{pair['seed']}",
             "original_image": {"bytes": pair["original_image"], "path": None},

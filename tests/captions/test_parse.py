@@ -11,7 +11,7 @@ CAPTION = "a brown dog on a sofa"
 
 def test_a_good_answer_is_read_back():
     edited = 'a brown "dog", asleep — on a sofa'
-    assert parse(answer("make it sleep", edited), CAPTION) == ("make it sleep", edited, "")
+    assert parse(answer("make it sleep", edited), CAPTION) == ("make it sleep", edited, "", "")
 
 
 def test_line_breaks_and_spaces_are_made_single_spaces():

@@ -14,10 +14,10 @@ from ip2p.evaluate.sweep import (
     curve_scales,
     plan_edits,
 )
-from ip2p.evaluate.truth import KINDS, dataset_cases, edit_kind, judge, rendered_cases
+from ip2p.evaluate.truth import KINDS, dataset_cases, judge, rendered_cases
 from ip2p.images import decode
 from ip2p.miniature.render import render
-from ip2p.miniature.triplets import draw_triplet
+from ip2p.miniature.triplets import draw_triplet, edit_kind
 from ip2p.workspace import Workspace
 from tests.evaluate.synthetic import make_recipe, make_workspace
 

@@ -40,8 +40,8 @@ def workspace(tmp_path) -> Workspace:
 
 
 def write_instructions(workspace: Workspace, count: int) -> None:
-    rows = [(f"{k:04d}", f"a {k} dog", "make it red", f"a red {k} dog", "ok", "") for k in range(count)]
-    rows[-1] = (*rows[-1][:4], *REJECTED)
+    rows = [(f"{k:04d}", f"a {k} dog", "make it red", f"a red {k} dog", "ok", "", "colour", 1) for k in range(count)]
+    rows[-1] = (*rows[-1][:4], *REJECTED, "", 1)
     with workspace.open_out("instructions", "part.parquet") as file:
         pq.write_table(pa.Table.from_pylist([dict(zip(INSTRUCTIONS.names, row)) for row in rows], INSTRUCTIONS), file)
     workspace.mark_done("instructions", captions=count)

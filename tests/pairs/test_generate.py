@@ -14,10 +14,10 @@ from ip2p.recipe import Adaptive, EarlyLook, LocalBlend, ModelRef, Quality, Reci
 from ip2p.records import INSTRUCTIONS, PAIRS
 
 ROWS = [
-    ("a", "red dog", "make it blue", "blue dog", "ok", ""),
-    ("b", "a tree", "", "", "rejected", "not json"),
-    ("c", "a hat on a cat", "remove the hat", "a cat", "ok", ""),
-    ("d", "one", "two", "one, two", "ok", ""),
+    ("a", "red dog", "make it blue", "blue dog", "ok", "", "colour", 1),
+    ("b", "a tree", "", "", "rejected", "not json", "", 2),
+    ("c", "a hat on a cat", "remove the hat", "a cat", "ok", "", "remove", 1),
+    ("d", "one", "two", "one, two", "ok", "", "add", 1),
 ]
 
 

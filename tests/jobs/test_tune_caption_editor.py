@@ -1,0 +1,76 @@
+"""Tuning the language model on a real local Ray, and asking what came out with a real vLLM engine."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ip2p.miniature import language_model
+from ip2p.miniature.triplets import consistent, edit_kind
+from ip2p.recipe import GrammarCaptions, ModelRef, Recipe
+from ip2p.workspace import Workspace
+from jobs import edit_captions, tune_caption_editor
+from tests.captions.test_answers import make_recipe
+from tests.captions.test_tune import qwen  # noqa: F401, a fixture
+
+SHIPPED = Path(language_model.__file__).parent / "weights" / "language_model"
+
+
+def with_llm(recipe: Recipe, llm: str | Path, **sections) -> Recipe:
+    models = recipe.models.model_copy(update={"llm": ModelRef(path=str(llm))})
+    return recipe.model_copy(update={"models": models, **sections})
+
+
+def test_triplets_come_from_a_file_the_grammar_or_us(tmp_path):
+    drawn = make_recipe()
+    few = drawn.model_copy(update={"captions": GrammarCaptions(kinds=["recolour"])})
+    for recipe, kinds in ((drawn, 12), (few, 1)):
+        triplets = tune_caption_editor.read(recipe)
+        assert len(triplets) == recipe.tune.count
+        assert len({edit_kind(one.caption, one.instruction) for one in triplets}) == kinds
+    assert len(tune_caption_editor.read(make_recipe(truth="none"))) >= 150
+    file = tmp_path / "upstream.jsonl"
+    file.write_text('{"input": "a dog", "edit": "make it a cat", "output": "a cat"}\n')
+    named = drawn.model_copy(update={"tune": drawn.tune.model_copy(update={"triplets": str(file)})})
+    assert [one.instruction for one in tune_caption_editor.read(named)] == ["make it a cat"]
+
+
+@pytest.mark.slow
+def test_lora_on_qwen_is_written_once_and_goes_through_vllm(tmp_path, local_ray, qwen, capsys):  # noqa: F811
+    recipe = with_llm(make_recipe(truth="none", max_tokens=48, max_model_len=256), qwen)
+    recipe = recipe.model_copy(update={"tune": recipe.tune.model_copy(update={"epochs": 2, "lora_rank": 4})})
+    workspace = Workspace(tmp_path / "run")
+    tune_caption_editor.run(recipe, workspace)
+    counts = workspace.counts("language_model")
+    assert counts["triplets"] + counts["held_out"] == 189
+    assert "epoch 2/2" in capsys.readouterr().out
+    tune_caption_editor.run(recipe, workspace)
+    assert "done already" in capsys.readouterr().out
+
+    tuned = with_llm(recipe, workspace.path("language_model"), captions=GrammarCaptions(count=8))
+    edit_captions.run(tuned, workspace)
+    rows = workspace.read_table("instructions").to_pylist()
+    assert len(rows) == 8
+    # It has learnt next to nothing, but it was loaded and asked, and answered in the grammar until it was cut.
+    assert {row["status"] for row in rows} <= {"ok", "rejected"}
+    assert all(row["attempts"] == 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_miniature_takes_on_what_a_few_triplets_teach(tmp_path, local_ray):
+    """240 triplets of one kind of edit, all weights: it asks for that kind, and stays as right as it was."""
+    recipe = make_recipe(same_meaning=0.98, max_tokens=96, max_model_len=256, temperature=0.7, top_p=0.9)
+    recipe = with_llm(recipe, SHIPPED)
+    tune = recipe.tune.model_copy(update={"count": 240, "lora_rank": None, "epochs": 2, "learning_rate": 1e-4})
+    only = GrammarCaptions(kinds=["recolour"])
+    workspace = Workspace(tmp_path / "tuned")
+    tune_caption_editor.run(recipe.model_copy(update={"tune": tune, "captions": only}), workspace)
+
+    tuned = with_llm(recipe, workspace.path("language_model"), captions=GrammarCaptions(count=96))
+    edit_captions.run(tuned, workspace)
+    rows = [row for row in workspace.read_table("instructions").to_pylist() if row["status"] == "ok"]
+    kinds = Counter(row["edit_type"] for row in rows)
+    assert len(rows) >= 80
+    assert kinds["recolour"] / len(rows) > 0.6, kinds
+    right = [row for row in rows if not consistent(row["original_prompt"], row["edit_prompt"], row["edited_prompt"])]
+    assert len(right) / len(rows) > 0.9
