@@ -52,6 +52,7 @@ def render(recipe: Recipe, workspace: Workspace, summary: Summary) -> str:
         title=f"InstructPix2Pix, {recipe.name}",
         subtitle=f"seed {recipe.seed} · every number below is from this run",
         headline=headline(summary),
+        answers=summary.answers,
         funnel=summary.funnel,
         funnel_note=funnel_note(summary),
         accepted=accepted_pairs(workspace),

@@ -3,6 +3,7 @@
 A part whose stage has not run is None, so that a report can be made of a run half way.
 """
 
+from collections import Counter
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -40,6 +41,17 @@ class Funnel:
     examples: dict[str, int]  # rows of each split of the dataset
     device_seconds_per_pair: float | None
     unet_samples_per_pair: float | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the language model asked for, of the answers that passed; counts in the order to be shown."""
+
+    edit_types: dict[str, int]
+    instruction_words: dict[str, int]  # by length
+    edited_caption_words: dict[str, int]
+    attempts: dict[str, int]  # captions by how often they were asked, whatever came of it
+    reasons: dict[str, int]  # why the others did not pass
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Summary:
+    answers: Answers | None
     funnel: Funnel | None
     pair_truth: PairTruth | None
     accuracies: list[Accuracy]
@@ -97,6 +110,7 @@ def summarize(recipe: Recipe, workspace: Workspace) -> Summary:
     models = [model for model in EDITORS if any(row["model"] == model for row in rows)]
     stages = workspace.run().get("stages", {})
     return Summary(
+        answers=summarize_answers(workspace),
         funnel=summarize_funnel(workspace),
         pair_truth=summarize_pair_truth(workspace),
         accuracies=accuracies(recipe, rows),
@@ -141,6 +155,33 @@ def summarize_funnel(workspace: Workspace) -> Funnel | None:
             if workspace.exists("dataset", split)
         },
     )
+
+
+def summarize_answers(workspace: Workspace) -> Answers | None:
+    """None until the language model was asked."""
+    if not any(path.endswith(".parquet") for path in workspace.files("instructions")):
+        return None
+    columns = ["edit_prompt", "edited_prompt", "edit_type", "attempts", "status", "reason"]
+    rows = workspace.read_table("instructions", columns=columns).to_pylist()
+    ok = [row for row in rows if row["status"] == "ok"]
+    types = Counter(row["edit_type"] or "unknown" for row in ok)
+    return Answers(
+        edit_types=dict(types.most_common()),
+        instruction_words=lengths([row["edit_prompt"] for row in ok], width=2),
+        edited_caption_words=lengths([row["edited_prompt"] for row in ok], width=5),
+        attempts={times(n): count for n, count in sorted(Counter(row["attempts"] for row in rows).items())},
+        reasons=dict(Counter(row["reason"] for row in rows if row["reason"]).most_common()),
+    )
+
+
+def times(n: int) -> str:
+    return {0: "not asked", 1: "once", 2: "twice"}.get(n, f"{n} times")
+
+
+def lengths(texts: list[str], width: int) -> dict[str, int]:
+    """How many texts have how many words, in classes of `width`: {"1-2 words": 7, "3-4 words": 0, ...}."""
+    found = Counter((len(text.split()) - 1) // width for text in texts)
+    return {f"{k * width + 1}–{(k + 1) * width} words": found[k] for k in range(max(found, default=-1) + 1)}
 
 
 PAIR_WAYS = ("same noise only", "same noise, filtered", "shared attention", "shared, filtered")

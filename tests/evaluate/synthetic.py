@@ -82,6 +82,8 @@ def _write_pairs(workspace: Workspace, triplets, rng: random.Random) -> None:
             "edited_prompt": edited if ok else "",
             "status": "ok" if ok else "rejected",
             "reason": "" if ok else rng.choice(["the edited caption is the caption", "no JSON"]),
+            "edit_type": triplet.edit.kind if ok else "",
+            "attempts": 1 + n % 2,
         }
         instructions.append(row)
         verdicts = (

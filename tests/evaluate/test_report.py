@@ -94,6 +94,17 @@ def test_the_numbers_are_those_of_the_tables(recipe, workspace):
     assert all(curve.image.monotone for curve in summary.image_guidance)
     assert all(curve.direction.monotone for curve in summary.text_guidance)
 
+    asked = workspace.read_table("instructions").to_pylist()
+    ok = [row for row in asked if row["status"] == "ok"]
+    assert sum(summary.answers.edit_types.values()) == len(ok)
+    assert summary.answers.edit_types["swap"] == sum(row["edit_type"] == "swap" for row in ok)
+    assert summary.answers.instruction_words["3–4 words"] == sum(
+        len(row["edit_prompt"].split()) in (3, 4) for row in ok
+    )
+    assert sum(summary.answers.edited_caption_words.values()) == len(ok)
+    assert summary.answers.attempts == {"once": len(asked) // 2, "twice": len(asked) // 2}
+    assert sum(summary.answers.reasons.values()) == len(asked) - len(ok)
+
     pairs = workspace.read_table("pairs").to_pylist()
     assert summary.funnel.candidates == sum(len(row["candidates"]) for row in pairs)
     assert summary.funnel.instructions == sum(row["status"] == "ok" for row in pairs)
@@ -112,8 +123,8 @@ def test_the_report_is_one_whole_file(recipe, workspace):
     write_report(recipe, workspace)
     page = Page(read(workspace))
     assert page.headings == [
-        "From captions to pairs", "Accepted pairs", "Are the pairs right?", "The two guidance scales", "Curves",
-        "Editors compared", "Training", "How it was made",
+        "From captions to pairs", "What was asked for", "Accepted pairs", "Are the pairs right?",
+        "The two guidance scales", "Curves", "Editors compared", "Training", "How it was made",
     ]  # fmt: skip
     assert all(reference.startswith("data:") for reference in page.references)
     assert len(page.images) > 24 * 2 + 3 * 16
