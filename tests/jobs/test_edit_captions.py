@@ -248,6 +248,35 @@ def test_every_caption_has_one_row_and_a_second_run_adds_none(tmp_path, local_ra
 
 
 @pytest.mark.slow
+def test_what_is_rejected_is_asked_again_and_types_keep_to_their_quotas(tmp_path, local_ray):
+    source = write_captions(tmp_path / "in.parquet", [*grammar(40), ""])
+    quotas = dict.fromkeys(EDIT_KINDS, 0.1)
+    recipe = make_recipe(SHIPPED, source, batch_size=64, attempts=2, quotas=quotas, same_meaning=0.98)
+    workspace = Workspace(tmp_path / "run")
+    edit_captions.run(recipe, workspace)
+    rows = workspace.read_table("instructions").to_pylist()
+    assert sorted(row["caption_id"] for row in rows) == sorted(map(caption_id, [*grammar(40), ""]))
+    attempts = Counter(row["attempts"] for row in rows)
+    assert attempts[0] == 1 and attempts[1] >= 25 and attempts[2] >= 1
+    for attempt in (1, 2):
+        asked = [row for row in rows if row["attempts"] >= attempt]
+        kinds = Counter(row["edit_type"] for row in asked if row["status"] == "ok" and row["attempts"] == attempt)
+        assert kinds and all(count <= max(1, len(rows) // 10) for count in kinds.values())
+    assert all(row["reason"] for row in rows if row["status"] != "ok")
+    assert workspace.counts("instructions")["attempts"] == {"1": attempts[1], "2": attempts[2]}
+
+
+@pytest.mark.slow
+def test_a_preview_prints_answers_and_writes_nothing(tmp_path, local_ray, capsys):
+    source = write_captions(tmp_path / "in.parquet", ["", *grammar(5)])
+    edit_captions.preview(make_recipe(SHIPPED, source), 3)
+    printed = capsys.readouterr().out
+    assert all(caption in printed for caption in grammar(3)) and grammar(5)[4] not in printed
+    assert printed.count("    -> ") == printed.count("    => ") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_on_two_cores(tmp_path, local_ray):
     captions = grammar(20)
     source = write_captions(tmp_path / "in.parquet", captions[:12])
