@@ -16,6 +16,19 @@ DESCRIPTION = re.compile(
     re.IGNORECASE,
 )
 
+# "the brown dog", "its collar": what an instruction takes for granted, up to the word that ends the phrase.
+GIVEN = re.compile(
+    r"\b(?:the|its|his|her|their)\s+(?P<phrase>(?:(?!(?:a|an|and|as|at|but|by|except|for|from|in|into|look|looks|more|of|on"
+    r"|so|than|that|to|with)\b)[\w'-]+\s*)+)",
+    re.IGNORECASE,
+)
+# Things go by many names: these need not be found in a caption that has them.
+GENERAL_WORDS = (
+    "animal background backdrop bird building child colour color everything flower food image letter lettering light "
+    "man mood number object one order other people person photo picture place plant position rest scene season size "
+    "sky style subject surrounding text thing time tree vehicle weather woman word"
+)
+
 
 class Parsed(NamedTuple):
     """What the model wrote. `reason` is empty when it can be used; else the other two hold what could be read."""
@@ -31,7 +44,7 @@ def parse(text: str, caption: str, max_caption_words: int = 60, names_type: bool
 
     Every check has its own reason, so that reasons can be counted: not json, not an object, missing <key>,
     <key> is not text, empty <key>, instruction too long, instruction describes, edited caption too long, caption
-    unchanged, another scene, unknown edit_type.
+    unchanged, another scene, instruction and caption disagree, unknown edit_type.
     """
     try:
         values = json.loads(text)
@@ -67,7 +80,27 @@ def _reason(instruction: str, edited_caption: str, caption: str, max_caption_wor
     if edited_caption.casefold() == " ".join(caption.split()).casefold():
         return "caption unchanged"
     shared, shorter = shared_words(caption, edited_caption)
-    return "another scene" if shared < shorter * MIN_SHARED_WORDS else ""
+    if shared < shorter * MIN_SHARED_WORDS:
+        return "another scene"
+    return "instruction and caption disagree" if names_other_things(instruction, caption, edited_caption) else ""
+
+
+def names_other_things(instruction: str, caption: str, edited_caption: str) -> bool:
+    """Whether an instruction takes things for granted ("the dog"), and neither caption has a word of any of them.
+
+    Of the instructions to other captions two in three are found, of our triplets' none.
+    """
+    given = [match["phrase"].casefold().split() for match in GIVEN.finditer(instruction)]
+    words = re.findall(r"\w+", f"{caption} {edited_caption}".casefold())
+    return bool(given) and not any(_is_found(word, words) for phrase in given for word in phrase)
+
+
+def _is_found(word: str, words: list[str]) -> bool:
+    """Whether a word, but for its ending, is in one of `words`, or so general that it could be any of them."""
+    if word.rstrip("s") in GENERAL_WORDS.split():
+        return True
+    stem = word[:5] if len(word) > 5 else word.rstrip("s")
+    return any(stem in other if len(stem) > 2 else word == other for other in words)
 
 
 def shared_words(caption: str, edited_caption: str) -> tuple[int, int]:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ip2p.captions.parse import parse
+from ip2p.captions.parse import names_other_things, parse
 from ip2p.captions.prompt import answer
 from ip2p.captions.triplets import TRIPLETS
 
@@ -40,6 +40,8 @@ def test_line_breaks_and_spaces_are_made_single_spaces():
         (answer("dog, asleep", "Dog, asleep"), "instruction describes"),
         (answer("make it sleep", "two cats under the big table"), "another scene"),
         (answer("keep the sofa", "sofa and three chairs"), "another scene"),
+        (answer("make the lighthouse striped", "a black dog on a sofa"), "instruction and caption disagree"),
+        (answer("move the red car to the garage", "a brown dog under a sofa"), "instruction and caption disagree"),
     ],
 )
 def test_every_fault_has_its_own_reason(text, reason):
@@ -54,6 +56,10 @@ def test_every_fault_has_its_own_reason(text, reason):
         ("there should be snow", "a brown dog on a sofa in the snow"),
         ("photograph it from above", "a brown dog on a sofa from above"),
         ("put it in a kennel", "a brown dog in a kennel"),
+        ("remove the dogs", "a sofa"),
+        ("let the sleeping dog wake up", "a brown dog awake on a sofa"),
+        ("change the animal's colour", "a black dog on a sofa"),
+        ("put the collar on it", "a brown dog with a collar on a sofa"),
     ],
 )
 def test_what_is_nearly_a_fault_is_none(instruction, edited_caption):
@@ -68,3 +74,13 @@ def test_none_of_our_triplets_is_refused():
 def test_only_readable_faults_keep_their_texts():
     assert parse(answer("make it sleep", CAPTION), CAPTION)[:2] == ("make it sleep", CAPTION)
     assert parse('{"instruction": "make it sl', CAPTION)[:2] == ("", "")
+
+
+def test_most_instructions_to_other_captions_are_found():
+    found = [
+        names_other_things(other.instruction, triplet.caption, triplet.edited_caption)
+        for triplet in TRIPLETS
+        for other in TRIPLETS[::7]
+        if other.caption != triplet.caption
+    ]
+    assert 0.55 < sum(found) / len(found) < 0.75
