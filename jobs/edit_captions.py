@@ -39,6 +39,7 @@ ROWS_PER_FILE = 5000
 ENGINE_CPUS = 0.5
 READER_CPUS = 0.25
 TASK_CPUS = 0.25
+ENGINE_RESTARTS = 3
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start: the engine's core runs the model itself
@@ -227,6 +228,10 @@ def answered(captions: Dataset, recipe: Recipe, attempt: int, tally: Tally) -> D
         postprocess=lambda row: answer_of(row, recipe.instructions.max_tokens),
         preprocess_map_kwargs=light,
         postprocess_map_kwargs=light,
+    )
+    # A model that vLLM can load and not run kills its engine at every request; Ray would start new ones for ever.
+    model.get_stage_by_name("vLLMEngineStage").map_batches_kwargs.update(
+        max_restarts=ENGINE_RESTARTS, max_task_retries=ENGINE_RESTARTS
     )
     edit_type = None if names_type(recipe) else edit_kind
     return model(captions).map_batches(

@@ -27,7 +27,7 @@ def qwen(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=128,  # 32 a head: vLLM's attention on the CPU knows no smaller ones
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,

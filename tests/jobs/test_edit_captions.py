@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ip2p.captions.answers import ANSWERS
 from ip2p.miniature import language_model
@@ -264,6 +265,20 @@ def test_what_is_rejected_is_asked_again_and_types_keep_to_their_quotas(tmp_path
         assert kinds and all(count <= max(1, len(rows) // 10) for count in kinds.values())
     assert all(row["reason"] for row in rows if row["status"] != "ok")
     assert workspace.counts("instructions")["attempts"] == {"1": attempts[1], "2": attempts[2]}
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_again_and_again_ends_the_job(tmp_path, local_ray, monkeypatch):
+    monkeypatch.setattr(edit_captions, "ENGINE_RESTARTS", 1)
+    tokenizer = language_model.build_tokenizer(vocabulary())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    language_model.save(LlamaForCausalLM(config), tokenizer, tmp_path / "llm")  # 16 a head: vLLM's CPU has no kernel
+    recipe = make_recipe(tmp_path / "llm", GrammarCaptions(count=2))
+    with pytest.raises(ray.exceptions.RayError, match="died"):
+        edit_captions.run(recipe, Workspace(tmp_path / "run"))
+    assert not Workspace(tmp_path / "run").done("instructions")
 
 
 @pytest.mark.slow

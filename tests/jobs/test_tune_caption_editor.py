@@ -1,5 +1,9 @@
 """Tuning the language model on a real local Ray, and asking what came out with a real vLLM engine."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +11,7 @@ import pytest
 
 from ip2p.miniature import language_model
 from ip2p.miniature.triplets import consistent, edit_kind
-from ip2p.recipe import GrammarCaptions, ModelRef, Recipe
+from ip2p.recipe import REPOSITORY, GrammarCaptions, ModelRef, Recipe
 from ip2p.workspace import Workspace
 from jobs import edit_captions, tune_caption_editor
 from tests.captions.test_answers import make_recipe
@@ -54,6 +58,38 @@ def test_lora_on_qwen_is_written_once_and_goes_through_vllm(tmp_path, local_ray,
     # It has learnt next to nothing, but it was loaded and asked, and answered in the grammar until it was cut.
     assert {row["status"] for row in rows} <= {"ok", "rejected"}
     assert all(row["attempts"] == 1 for row in rows)
+
+
+def start_job(workspace: Workspace, llm: Path) -> subprocess.Popen[str]:
+    flags = (
+        f"--recipe recipes/miniature.yaml --workspace {workspace.location} --truth none --instructions.max_tokens 48"
+    )
+    more = f"--models.llm.path {llm} --tune.epochs 4 --tune.lora_rank 4"
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "jobs.tune_caption_editor", *flags.split(), *more.split()],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_tuning_goes_on_with_its_last_epoch(tmp_path, qwen):  # noqa: F811
+    workspace = Workspace(tmp_path / "run")
+    job = start_job(workspace, qwen)
+    assert job.stdout is not None
+    assert any("epoch 2/4" in line for line in job.stdout), "it ended before"
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not workspace.done("language_model")
+
+    job = start_job(workspace, qwen)
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0
+    assert "epoch 1/4" not in printed and "epoch 4/4" in printed
+    assert workspace.done("language_model")
 
 
 @pytest.mark.slow
