@@ -407,6 +407,9 @@ class Evaluate(Section):
     """Stage 5: the two guidance scales swept over a held-out set; CLIP similarities, and truth where there is any."""
 
     images: Positive = Field(default=64, description="test pairs")
+    kinds: list[str] | None = Field(
+        default=None, description="with truth: oracle, kinds of edit to test, in turn; null: all there are"
+    )
     seeds: Positive = Field(default=1, description="edits per test pair and setting")
     guidance_scale: Annotated[list[float], Field(min_length=1)] = Field(
         default=[2.0, 4.0, 7.5, 10.0], description="s_T swept"

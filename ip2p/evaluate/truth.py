@@ -34,12 +34,15 @@ def test_set(recipe: Recipe, workspace: Workspace) -> pa.Table:
 def rendered_cases(recipe: Recipe) -> pa.Table:
     """Held-out scenes with an edit of each kind in turn, in unseen wordings; the images are rendered.
 
-    As in the pairs, captions may leave the background or the places unsaid.
+    As in the pairs, captions may leave the background or the places unsaid. Raises `ValueError` for an unknown kind.
     """
+    kinds = recipe.evaluate.kinds or KINDS
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"evaluate.kinds: {unknown[0]!r} is no kind of edit; choose of {', '.join(KINDS)}")
     rng = random.Random(digest("test", recipe.seed))
     cases: dict[str, dict] = {}
     while len(cases) < recipe.evaluate.images:
-        kind = KINDS[len(cases) % len(KINDS)]
+        kind = kinds[len(cases) % len(kinds)]
         drawn = draw_triplet(rng, kind, unseen=True, held_out=True)
         cases[caption_id(drawn.caption)] = {
             "caption_id": caption_id(drawn.caption),

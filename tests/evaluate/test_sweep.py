@@ -38,6 +38,13 @@ def recipe():
     return make_recipe(evaluate=SWEEP, sampling={"guidance_scale": 5, "image_guidance_scale": 1.5})
 
 
+def test_only_the_kinds_that_are_asked_for_are_tested():
+    some = make_recipe(evaluate={"images": 7, "kinds": ["look", "recolour"]})
+    assert rendered_cases(some)["edit_kind"].to_pylist() == ["look", "recolour"] * 3 + ["look"]
+    with pytest.raises(ValueError, match=r"evaluate\.kinds: 'colour' is no kind of edit; choose of recolour, background"):
+        rendered_cases(make_recipe(evaluate={"kinds": ["colour"]}))
+
+
 def test_every_image_is_edited_along_both_scales_and_one_on_the_whole_grid(recipe):
     test = rendered_cases(recipe)
     edits = plan_edits(recipe, test, [WORKSPACE, SHIPPED])
