@@ -94,10 +94,10 @@ def test_a_killed_tuning_goes_on_with_its_last_epoch(tmp_path, qwen):  # noqa: F
 
 @pytest.mark.slow
 def test_the_miniature_takes_on_what_a_few_triplets_teach(tmp_path, local_ray):
-    """240 triplets of one kind of edit, all weights: it asks for that kind, and stays as right as it was."""
+    """480 triplets of one kind of edit, all weights: it asks for that kind, and stays as right as it was."""
     recipe = make_recipe(same_meaning=0.98, max_tokens=96, max_model_len=256, temperature=0.7, top_p=0.9)
     recipe = with_llm(recipe, SHIPPED)
-    tune = recipe.tune.model_copy(update={"count": 240, "lora_rank": None, "epochs": 2, "learning_rate": 1e-4})
+    tune = recipe.tune.model_copy(update={"count": 480, "lora_rank": None, "learning_rate": 1e-3})
     only = GrammarCaptions(kinds=["recolour"])
     workspace = Workspace(tmp_path / "tuned")
     tune_caption_editor.run(recipe.model_copy(update={"tune": tune, "captions": only}), workspace)
