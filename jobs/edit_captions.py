@@ -39,6 +39,7 @@ ROWS_PER_FILE = 5000
 ENGINE_CPUS = 0.5
 READER_CPUS = 0.25
 TASK_CPUS = 0.25
+BATCHES_IN_ENGINE = 4
 ENGINE_RESTARTS = 3
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -282,7 +283,7 @@ def engine_config(recipe: Recipe) -> vLLMEngineProcessorConfig:
         engine_kwargs=engine | settings.engine,
         concurrency=(settings.replicas, settings.replicas),
         batch_size=settings.batch_size,
-        max_concurrent_batches=4,
+        max_concurrent_batches=BATCHES_IN_ENGINE,
         chat_template_stage={"enabled": settings.prompt == "few_shot", "num_cpus": TASK_CPUS},
         tokenize_stage=False,
         detokenize_stage=False,
