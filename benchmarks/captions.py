@@ -96,6 +96,7 @@ def generate(
             do_sample=True,
             temperature=settings.temperature,
             top_p=settings.top_p,
+            min_p=settings.min_p,
             top_k=0,
             max_new_tokens=settings.max_tokens,
             pad_token_id=tokenizer.pad_token_id,

@@ -149,7 +149,12 @@ class Instructions(Section):
     )
     temperature: Annotated[float, Field(ge=0)] = Field(default=0.7, description="0: the likeliest word; 1: as trained")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="sample from the likeliest words of this mass"
+        default=1.0, description="sample from the likeliest words of this mass; little of it leaves out rare wordings"
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="sample only words at least this share as likely as the likeliest: where the model is certain, "
+        "nothing else; where it is not, rare wordings too (Nguyen et al., 2024)",
     )
     max_tokens: Positive = Field(default=128, description="an answer that is longer is cut, and rejected")
     max_caption_words: Positive = Field(

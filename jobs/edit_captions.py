@@ -254,6 +254,8 @@ def preview(recipe: Recipe, captions: int) -> None:
             chosen.append({"caption_id": caption_id(caption), "caption": caption, "refusal": ""})
         if len(chosen) == captions:
             break
+    if not chosen:
+        raise ValueError(f"captions: none of {recipe.captions} can be asked for; a run without --preview says why")
     connect()
     print(f"edit_captions: {recipe.models.llm.path} is asked for {len(chosen)} captions, once")
     once = {"attempts": 1, "replicas": 1}
@@ -300,6 +302,7 @@ def ask(row: dict[str, Any], recipe: Recipe, attempt: int = 1) -> dict[str, Any]
     sampling = {
         "temperature": settings.temperature,
         "top_p": settings.top_p,
+        "min_p": settings.min_p,
         "max_tokens": settings.max_tokens,
         # Of the caption alone: the answer does not depend on which others share its batch, or on a restart.
         "seed": (digest("instruction", recipe.seed, row["caption_id"]) + attempt - 1) % 2**31,
@@ -373,7 +376,7 @@ def histogram(edit_types: Iterable[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    needs = ("workspace", "captions", "models.llm")
+    needs = ("workspace", "captions", "models.llm", "models.text_to_image", "models.clip")
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
     if flags.preview:

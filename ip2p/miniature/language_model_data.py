@@ -15,6 +15,8 @@ CONFUSABLE = 0.5  # of the scenes, at least
 BATCH_SIZE = 32
 COPY_STEPS = 300
 POOLED_STEPS = 4
+# From this step on things are named in all the ways there are: an editor trained on the answers must know them all.
+VARIED_AT, IN_FULL = 27_000, 0.3
 COPIED_ATTRIBUTES = ("shape", "shapes", "colour", "size", "background")
 Texts = tuple[str, str, str]  # caption, instruction, edited caption
 
@@ -59,7 +61,8 @@ def draw_rows(seed: int, step: int, words: list[str]) -> list[Texts]:
 def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
     """Draw (caption, instruction, edited caption): triplets of the world, or random words with nothing edited."""
     rng = random.Random(f"{seed}/{group}")
-    copying = group * POOLED_STEPS < COPY_STEPS
+    first_step = group * POOLED_STEPS
+    copying = first_step < COPY_STEPS
     rows: list[Texts] = []
     for _ in range(POOLED_STEPS * BATCH_SIZE):
         if copying:
@@ -69,7 +72,8 @@ def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
             # Captions come in any wording, as people's do; what it writes itself is in the wordings of training.
             triplet = _draw_triplet(rng)
             # Which thing is meant is the hardest part: named in full, it can be copied and is seldom ambiguous.
-            said = phrase(triplet.edit, triplet.scene, rng, unsaid=triplet.unsaid, in_full=True)
+            in_full = first_step < VARIED_AT or rng.random() < IN_FULL
+            said = phrase(triplet.edit, triplet.scene, rng, unsaid=triplet.unsaid, in_full=in_full)
             instruction = same_words(triplet.caption, said, triplet.edited_caption)
             rows.append((triplet.caption, instruction, triplet.edited_caption))
     return sorted(rows, key=lambda row: sum(len(text.split()) for text in row))

@@ -174,6 +174,13 @@ def test_the_answer_to_a_caption_depends_on_the_run_the_caption_and_the_attempt_
         assert other["sampling_params"]["seed"] != question["sampling_params"]["seed"]
 
 
+def test_answers_are_sampled_as_the_recipe_says():
+    sampling = {"temperature": 0.3, "top_p": 0.8, "min_p": 0.05, "max_tokens": 17}
+    recipe = make_recipe(SHIPPED, GrammarCaptions(), **sampling)
+    asked = edit_captions.ask({"caption_id": "1", "caption": "a dog", "refusal": ""}, recipe)["sampling_params"]
+    assert sampling.items() <= asked.items()
+
+
 def test_a_refused_caption_passes_the_model_by():
     recipe = make_recipe(SHIPPED, GrammarCaptions())
     row = {"caption_id": "1", "caption": "a dog", "refusal": ""}
@@ -289,6 +296,12 @@ def test_a_preview_prints_answers_and_writes_nothing(tmp_path, local_ray, capsys
     assert all(caption in printed for caption in grammar(3)) and grammar(5)[4] not in printed
     assert printed.count("    -> ") == printed.count("    => ") == 3
     assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
+
+
+def test_a_preview_of_nothing_says_so_before_ray_starts(tmp_path):
+    source = write_captions(tmp_path / "in.parquet", ["", "word " * 43])
+    with pytest.raises(ValueError, match=r"^captions: none of .*in.parquet"):
+        edit_captions.preview(make_recipe(SHIPPED, source), 3)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ip2p.captions.prompt import answer, tuned_prompt
 from ip2p.miniature import language_model, language_model_data
+from ip2p.miniature.instructions import read_slots
 from ip2p.miniature.language import vocabulary
 from ip2p.miniature.triplets import consistent, draw_triplet
 
@@ -71,6 +72,19 @@ def test_instructions_use_the_words_of_the_captions_and_mean_the_same():
         caption, instruction, edited_caption = draw_triplet(rng)[:3]
         said = language_model_data.same_words(caption, instruction, edited_caption)
         assert consistent(caption, said, edited_caption) is None, (instruction, said)
+
+
+def test_things_are_named_in_full_first_and_in_all_ways_later():
+    def named_in_full(step: int) -> float:
+        rows = [row for part in range(4) for row in language_model_data.draw_rows(0, step + part, vocabulary())]
+        said = [set(read_slots(instruction)["thing"]) for _, instruction, _ in rows]
+        named = [features for features in said if features]
+        assert len(named) > 50
+        return sum(features == {"size", "colour", "shape"} for features in named) / len(named)
+
+    early, late = language_model_data.VARIED_AT - 4, language_model_data.VARIED_AT
+    assert named_in_full(early) > 0.85, "but where things differ in their place alone"
+    assert named_in_full(late) < 0.6
 
 
 def test_same_words_puts_the_right_article():
