@@ -358,6 +358,11 @@ class Train(Section):
     """Stage 4: fine-tune the UNet to follow instructions."""
 
     base: ModelRef | None = Field(default=None, description="what to start from; default: models.text_to_image")
+    dataset: str | None = Field(
+        default=None,
+        description="folder of parquet files with original_image, edit_prompt and edited_image, e.g. those of "
+        "timbrooks/instructpix2pix-clip-filtered; default: the workspace's dataset/",
+    )
     steps: Positive = Field(default=1000, description="optimiser steps")
     batch_size: Positive = Field(default=32, description="samples per step over all workers")
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-4, description="of AdamW, after the warm-up")
@@ -374,7 +379,35 @@ class Train(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9999, description="of the averaged weights that are kept"
     )
+    micro_batch: Positive | None = Field(
+        default=None,
+        description="samples that a worker passes through the UNet at a time; gradients add up over its share of the "
+        "step; null: all at once",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations again instead of keeping them: less memory, more time"
+    )
+    lora_rank: Positive | None = Field(
+        default=None,
+        description="train an adapter of this rank (LoRA) on the attention layers, and the first convolution, instead "
+        "of the whole UNet; the exported model has it merged",
+    )
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="weigh timesteps by min(SNR, gamma) (Hang et al., 2023; 5 there); null: all alike"
+    )
+    one_per_caption: bool = Field(
+        default=False, description="an epoch has one pair of each caption, drawn anew, as upstream; false: all pairs"
+    )
     resolution: Pixels = Field(default=256, description="side of the training images, in pixels")
+    random_resize: Range | None = Field(
+        default=None,
+        description="shorter side of the resized images, drawn uniformly, of which a square of `resolution` is cut at "
+        "a random place (256,288 upstream); null: resized to `resolution`, the centre",
+    )
+    crops: Positive = Field(default=1, description="squares of each pair that are encoded, with `random_resize`")
+    max_broken: Fraction = Field(
+        default=0.1, description="share of the pairs that may be unreadable; more of them end the job"
+    )
     drop_text: Fraction = Field(default=0.05, description="share of samples that lose the instruction alone")
     drop_image: Fraction = Field(default=0.05, description="share of samples that lose the image alone")
     drop_both: Fraction = Field(default=0.05, description="share of samples that lose both")
@@ -384,6 +417,13 @@ class Train(Section):
     )
     workers: Positive = Field(default=1, description="training processes, one GPU each where there are GPUs")
     checkpoint_every: Positive = Field(default=500, description="steps between checkpoints: what a crash can cost")
+    keep: Positive = Field(
+        default=2, description="checkpoints that are kept: the last one, and the best by the loss on held-out pairs"
+    )
+    export: Literal["last", "best"] = Field(default="last", description="which checkpoint becomes the model")
+    pictures: Annotated[int, Field(ge=0)] = Field(
+        default=4, description="held-out pairs that are edited at every checkpoint, to be looked at"
+    )
     encode_replicas: Positive = Field(default=1, description="actors that encode latents and texts ahead of training")
 
     @model_validator(mode="after")
@@ -395,6 +435,17 @@ class Train(Section):
             )
         if self.batch_size % self.workers:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of workers {self.workers}")
+        return self
+
+    @model_validator(mode="after")
+    def _crops_fit(self):
+        if self.random_resize and self.random_resize[0] < self.resolution:
+            raise ValueError(
+                f"random_resize begins at {self.random_resize[0]:g}, below resolution {self.resolution}: squares of "
+                "that side could not be cut"
+            )
+        if self.crops > 1 and not self.random_resize:
+            raise ValueError(f"crops {self.crops} would all be the same without random_resize")
         return self
 
 

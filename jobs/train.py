@@ -21,14 +21,16 @@ from ray.data import ActorPoolStrategy, SaveMode
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
+from cluster.board import Board
 from cluster.connect import connect, uses_gpu
 from ip2p.cli import load_settings
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
-from ip2p.train.encode import PairEncoder
+from ip2p.train.encode import REQUIRED, SPLITS, WELCOME, PairEncoder
 from ip2p.train.export import export
 from ip2p.train.latents import LatentPairs
 from ip2p.train.loop import train
+from ip2p.train.pictures import contact_sheet
 from ip2p.train.unet import widen_conv_in
 from ip2p.workspace import Workspace
 
@@ -36,9 +38,11 @@ CURVE = pa.schema(
     [("step", pa.int64())]
     + [(name, pa.float64()) for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "validation_loss")]
 )
-SPLITS = ("train", "validation")
 ROWS_PER_ENCODING_BATCH = 32
 SECONDS_BETWEEN_LINES = 10
+# Keys with which a run goes on; others start anew.
+FREE = {"steps", "cooldown_steps", "checkpoint_every", "keep", "export", "pictures", "micro_batch", "max_broken"}
+FREE |= {"gradient_checkpointing", "encode_replicas"}
 
 
 def run(recipe: Recipe, workspace: Workspace) -> None:
@@ -75,20 +79,20 @@ def load_base(recipe: Recipe, device: str) -> TextToImage:
 
 
 def encode(recipe: Recipe, workspace: Workspace) -> None:
-    """dataset/{train,validation} -> latents/, unless that was done from the same pairs by the same model."""
-    folders = [split for split in SPLITS if parquet_files(workspace, split)]
-    if "train" not in folders or not workspace.read_table("dataset", "train", columns=["pair_id"]).num_rows:
-        raise ValueError(
-            f"no pairs in dataset/train of {workspace.location}: run jobs.export_dataset, or accept more pairs"
-        )
-    source = source_digest(recipe, workspace)
-    if workspace.done("latents") and workspace.counts("latents")["source"] == source:
+    """The dataset -> latents/, unless that was done from the same files by the same model.
+
+    Raises `ValueError` when there is nothing to train on, or too much of it is unreadable.
+    """
+    source, paths = dataset_files(recipe, workspace)
+    nothing = f"no pairs to train on in {source.location}: run jobs.export_dataset, or accept more pairs"
+    if not paths:
+        raise ValueError(nothing)
+    digest = source_digest(recipe, source, paths)
+    if workspace.done("latents") and workspace.counts("latents")["source"] == digest:
         return
-    print(f"train: encoding dataset/ ({', '.join(folders)}) to latents/", flush=True)
+    print(f"train: encoding {len(paths)} files of {source.location} to latents/", flush=True)
     (
-        ray.data.read_parquet(
-            [workspace.path("dataset", split) for split in folders], filesystem=workspace.fs, include_paths=True
-        )
+        ray.data.read_parquet(paths, filesystem=source.fs, columns=columns(source, paths[0]), include_paths=True)
         .map_batches(
             PairEncoder,
             fn_constructor_args=(recipe,),
@@ -103,21 +107,39 @@ def encode(recipe: Recipe, workspace: Workspace) -> None:
     failed = [row for row in rows if row["status"] != "ok"]
     for row in failed[:5]:
         print(f"train: pair {row['pair_id']} is left out: {row['reason']}")
+    if len(failed) > recipe.train.max_broken * len(rows):
+        raise ValueError(
+            f"{len(failed)} of {len(rows)} pairs are unreadable, more than train.max_broken {recipe.train.max_broken:g}"
+            f" of them, e.g. {failed[0]['pair_id']}: {failed[0]['reason']}"
+        )
     pairs = {split: sum(row["split"] == split and row["status"] == "ok" for row in rows) for split in SPLITS}
-    workspace.mark_done("latents", source=source, **pairs, failed=len(failed))
+    if not pairs["train"]:
+        raise ValueError(nothing)
+    workspace.mark_done("latents", source=digest, **pairs, failed=len(failed))
 
 
-def parquet_files(workspace: Workspace, split: str) -> list[str]:
-    return [path for path in workspace.files("dataset", split) if path.endswith(".parquet")]
+def dataset_files(recipe: Recipe, workspace: Workspace) -> tuple[Workspace, list[str]]:
+    """Where the dataset is (the workspace's own unless the recipe names another), and its files but those for tests."""
+    source = Workspace(recipe.train.dataset or workspace.uri("dataset"))
+    files = [path for path in source.files() if path.endswith(".parquet") and path.split("/")[-2] != "test"]
+    return source, files
 
 
-def source_digest(recipe: Recipe, workspace: Workspace) -> str:
+def columns(source: Workspace, path: str) -> list[str]:
+    """Those of a dataset's file that training reads. Raises `ValueError` when one of them is missing."""
+    names = pq.ParquetFile(source.fs.open_input_file(path)).schema_arrow.names
+    if missing := [name for name in REQUIRED if name not in names]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}")
+    return [name for name in (*REQUIRED, *WELCOME) if name in names]
+
+
+def source_digest(recipe: Recipe, source: Workspace, paths: list[str]) -> str:
     """Changes when the pairs, the model that encodes them or how it does may have changed."""
-    files = workspace.fs.get_file_info([path for split in SPLITS for path in parquet_files(workspace, split)])
-    names = [(file.path.removeprefix(workspace.path("dataset")), file.size) for file in files]
-    section = recipe.train.model_dump(mode="json", include={"base", "resolution", "flip"})
+    names = [(info.path.removeprefix(source.root), info.size) for info in source.fs.get_file_info(paths)]
+    how = {"base", "resolution", "flip", "random_resize", "crops"}
+    section = recipe.train.model_dump(mode="json", include=how)
     vae = recipe.models.vae and recipe.models.vae.model_dump(mode="json")
-    return short_digest([names, section, vae])
+    return short_digest([names, section, vae, recipe.dataset.validation_fraction, recipe.seed])
 
 
 def short_digest(value: Any) -> str:
@@ -125,18 +147,21 @@ def short_digest(value: Any) -> str:
 
 
 def fit(recipe: Recipe, workspace: Workspace) -> ray.train.Checkpoint:
-    """Run the training loop on Ray Train; returns its last checkpoint."""
+    """Run the training loop on Ray Train; returns the checkpoint that becomes the model."""
     gpu = uses_gpu(recipe.device)
     cpus = (
         1 if gpu else cpus_per_worker(recipe.train.workers, [node["Resources"].get("CPU", 0) for node in ray.nodes()])
     )
-    # Another recipe or other pairs start anew; more steps, or other intervals between checkpoints, go on.
-    free = {"steps", "cooldown_steps", "checkpoint_every", "encode_replicas"}
-    same = recipe.train.model_dump(mode="json", exclude=free)
+    validates = bool(workspace.counts("latents")["validation"])
+    if recipe.train.export == "best" and not validates:
+        raise ValueError(
+            "train.export: best, but there are no held-out pairs to tell by; see dataset.validation_fraction"
+        )
+    same = recipe.train.model_dump(mode="json", exclude=FREE)
     name = "train-" + short_digest([same, recipe.seed, workspace.counts("latents")["source"]])
     trainer = TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"recipe": recipe, "workspace": workspace, "cpus": cpus},
+        train_loop_config={"recipe": recipe, "workspace": workspace, "cpus": cpus, "name": name},
         scaling_config=ScalingConfig(
             num_workers=recipe.train.workers,
             use_gpu=gpu,
@@ -146,11 +171,17 @@ def fit(recipe: Recipe, workspace: Workspace) -> ray.train.Checkpoint:
             name=name,
             storage_path=workspace.path("checkpoints"),
             storage_filesystem=workspace.fs,
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=recipe.train.keep,
+                checkpoint_score_attribute="validation_loss" if validates else None,
+                checkpoint_score_order="min",
+            ),
             failure_config=FailureConfig(max_failures=2),
         ),
     )
-    checkpoint = trainer.fit().checkpoint
+    result = trainer.fit()
+    best = recipe.train.export == "best"
+    checkpoint = result.get_best_checkpoint("validation_loss", "min") if best else result.checkpoint
     assert checkpoint is not None
     return checkpoint
 
@@ -174,7 +205,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(threads_per_worker(config["cpus"], context.get_local_world_size()))
     model = load_base(recipe, str(get_device()))
     latents = workspace.read_table("latents")
-    pairs = LatentPairs(latents, "train")
+    pairs = LatentPairs(latents, "train", recipe.train.one_per_caption)
     validation = LatentPairs(latents, "validation") if workspace.counts("latents")["validation"] else None
     state, curve = load_checkpoint(ray.train.get_checkpoint(), model.device)
     if state is not None and state["step"] > recipe.train.steps:
@@ -183,22 +214,35 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         )
     if rank == 0:
         begin = f"from step {state['step']}" if state else "from the start"
-        print(f"train: {pairs.count} pairs, {recipe.train.steps} steps, {begin}, on {world_size} x {model.device}")
+        print(f"train: {pairs.count} samples, {recipe.train.steps} steps, {begin}, on {world_size} x {model.device}")
     printer = Printer(recipe.train.steps)
+    board = Board(workspace, config["name"], state["step"] if state else 0) if rank == 0 else None
+    shown = validation_rows(recipe, workspace)
+
+    def look(step: int) -> None:
+        assert board is not None
+        board.image("edits", contact_sheet(model, shown, recipe), step)
 
     def report(metrics: dict[str, float], state: dict[str, Any] | None) -> None:
-        if rank == 0:
+        if board is not None:
             curve.append({name: metrics.get(name) for name in CURVE.names})
             printer(metrics, force=state is not None)
+            board.scalars({name: metrics[name] for name in CURVE.names[1:] if name in metrics}, int(metrics["step"]))
         if state is None:
             return
-        with tempfile.TemporaryDirectory() as directory:
-            checkpoint = None
-            if rank == 0:
-                torch.save({"state": state, "curve": curve}, Path(directory, "state.pt"))
-                write_curve(workspace, curve)
-                checkpoint = ray.train.Checkpoint.from_directory(directory)
-            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{state['step']:07d}")
+        checkpoint = None
+        if board is not None:
+            directory = tempfile.mkdtemp()  # Ray Train removes it once it is uploaded
+            torch.save({"state": state, "curve": curve}, Path(directory, "state.pt"))
+            write_curve(workspace, curve)
+            board.publish()
+            checkpoint = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=f"step-{state['step']:07d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )
 
     train(
         model,
@@ -208,9 +252,20 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         report=report,
         validation=validation,
         state=state,
+        look=look if shown else None,
         rank=rank,
         world_size=world_size,
     )
+
+
+def validation_rows(recipe: Recipe, workspace: Workspace) -> list[dict[str, Any]]:
+    """The first rows of the held-out pairs, to be looked at; none where the dataset has no such folder."""
+    source, paths = dataset_files(recipe, workspace)
+    held_out = [path for path in paths if path.split("/")[-2] == "validation"]
+    if not held_out or not recipe.train.pictures:
+        return []
+    file = pq.ParquetFile(source.fs.open_input_file(held_out[0]))
+    return next(file.iter_batches(recipe.train.pictures, columns=list(REQUIRED)), pa.table({})).to_pylist()
 
 
 def load_checkpoint(checkpoint: ray.train.Checkpoint | None, device: str) -> tuple[dict[str, Any] | None, list[dict]]:
@@ -254,6 +309,7 @@ def write_model(recipe: Recipe, workspace: Workspace, checkpoint: ray.train.Chec
     write_curve(workspace, curve)
     encoded = workspace.counts("latents")
     last = curve[-1]
+    assert last["step"] == state["step"]
     counts = {
         "pairs": encoded["train"],
         "unreadable_pairs_left_out": encoded["failed"],
@@ -262,7 +318,10 @@ def write_model(recipe: Recipe, workspace: Workspace, checkpoint: ray.train.Chec
         "loss": round(last["loss"], 5),
         "validation_loss": last["validation_loss"] and round(last["validation_loss"], 5),
     }
-    example = workspace.read_table("dataset", "train", columns=["edit_prompt"])["edit_prompt"][0].as_py()
+    source, paths = dataset_files(recipe, workspace)
+    example = (
+        pq.ParquetFile(source.fs.open_input_file(paths[0])).read(columns=["edit_prompt"])["edit_prompt"][0].as_py()
+    )
     with tempfile.TemporaryDirectory() as directory:
         export(load_base(recipe, "cpu"), state["ema"], recipe, counts, example, directory)
         workspace.fs.create_dir(workspace.path("model"), recursive=True)

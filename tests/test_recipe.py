@@ -70,6 +70,8 @@ def test_the_real_recipe_pins_every_hub_model_and_keeps_upstreams_protocol():
         ({"evaluate": {"guidance_scale": []}}, "at least 1 item"),
         ({"captions": {"kind": "files"}}, "path"),
         ({"captions": {"kind": "hub", "path": "a/b", "near_duplicates": 0}}, "greater than 0"),
+        ({"train": {"random_resize": [200, 288]}}, "random_resize begins at 200, below resolution 256"),
+        ({"train": {"crops": 2}}, "all be the same without random_resize"),
         ({"captions": {"kind": "csv", "path": "a.csv"}}, "'grammar', 'files', 'hub'"),
         ({"captions": {"kind": "grammar", "path": "x"}}, "Extra inputs"),
         ({"models": {**MINIMAL["models"], "clip": {"name": "ViT-L-14"}}}, "needs pretrained"),

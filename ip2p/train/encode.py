@@ -12,6 +12,7 @@ import torch
 from ip2p import images
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe
+from ip2p.records import caption_id, digest, split_of
 
 LATENTS = pa.schema(
     {
@@ -26,6 +27,10 @@ LATENTS = pa.schema(
         "reason": pa.string(),
     }
 )
+
+SPLITS = ("train", "validation")
+REQUIRED = ("original_image", "edit_prompt", "edited_image")
+WELCOME = ("original_prompt", "pair_id", "caption_id")  # made up where they are missing
 
 _SIDE = re.compile(r"\b(left|right|west|east)(ern|most|hand|ward|wards|side)?\b|\b(anti|counter)?-?clockwise\b", re.I)
 
@@ -46,11 +51,24 @@ def square(image: np.ndarray, side: int) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
+def random_squares(
+    pair: list[np.ndarray], side: int, sides: tuple[float, float], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """uint8 (H, W, 3) each -> (side, side, 3): resized to a shorter side drawn from `sides`, then cut at random.
+
+    All images of a pair are treated alike; they may differ in size, and are made as the first one is.
+    """
+    height, width = pair[0].shape[:2]
+    scale = rng.uniform(*sides) / min(height, width)
+    height, width = max(side, round(height * scale)), max(side, round(width * scale))
+    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    resized = [images.resize(image, height, width) for image in pair]
+    return [image[top : top + side, left : left + side] for image in resized]
+
+
 @torch.inference_mode()
-def encode_pair(
-    model: TextToImage, original: np.ndarray, edited: np.ndarray, flip: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode one pair of uint8 (H, W, 3) images of the same size, and its mirror image if `flip`.
+def encode_pairs(model: TextToImage, pairs: list[list[np.ndarray]], flip: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode views [original, edited] of one pair, uint8 (H, W, 3) of one size, and their mirror images if `flip`.
 
     Both latents are the mode of the VAE's posterior. Upstream draws the target from the posterior instead; its
     deviation is negligible beside the noise of diffusion, and with the mode a rerun encodes the same latents.
@@ -58,7 +76,7 @@ def encode_pair(
     Returns:
         (image_latents, target_latents), each (V, C, h, w): as the UNet reads them, the first not scaled.
     """
-    views = np.stack([original, edited])
+    views = np.stack([image for pair in pairs for image in pair])
     if flip:
         views = np.concatenate([views, views[:, :, ::-1]])
     pixels = images.to_tensor(views)
@@ -71,27 +89,25 @@ class PairEncoder:
     def __init__(self, recipe: Recipe) -> None:
         base = recipe.train.base or recipe.models.text_to_image
         self.model = load_text_to_image(base, recipe.models.vae, recipe.device)
-        self.recipe = recipe.train
+        self.recipe, self.seed, self.dataset = recipe.train, recipe.seed, recipe.dataset
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Rows of `records.DATASET` with the `path` of their file, .../<split>/<file> -> as many rows of `LATENTS`.
+        """Rows of `records.DATASET`, or of the published one, with their file's `path` -> as many rows of `LATENTS`.
 
-        A broken image is a `failed` row with a reason.
+        A broken image is a `failed` row with a reason. A file in a folder called train or validation belongs to it;
+        rows of others are split by caption, as `jobs.export_dataset` does.
         """
         return pa.Table.from_pylist([self.encode_row(row) for row in batch.to_pylist()], schema=LATENTS)
 
     def encode_row(self, row: dict) -> dict:
-        ids = {key: row[key] for key in ("pair_id", "caption_id")} | {"split": row["path"].split("/")[-2]}
+        ids = self.ids(row)
         try:
-            original, edited = (
-                square(images.decode(row[key]["bytes"]), self.recipe.resolution)
-                for key in ("original_image", "edited_image")
-            )
+            pair = [images.decode(row[key]["bytes"]) for key in ("original_image", "edited_image")]
         except ValueError as error:
             return ids | {"status": "failed", "reason": str(error)}
         # Only the instruction reaches the model: a side named by a caption alone does not forbid the mirror.
         flip = self.recipe.flip and not names_a_side(row["edit_prompt"])
-        image_latents, target_latents = encode_pair(self.model, original, edited, flip)
+        image_latents, target_latents = encode_pairs(self.model, self.views(pair, ids["pair_id"]), flip)
         return ids | {
             "token_ids": token_ids(self.model, row["edit_prompt"]).tolist(),
             "shape": list(image_latents.shape),
@@ -100,6 +116,24 @@ class PairEncoder:
             "status": "ok",
             "reason": "",
         }
+
+    def ids(self, row: dict) -> dict[str, str]:
+        """pair_id, caption_id and split of a row; the published dataset has none."""
+        caption = row.get("caption_id") or caption_id(row.get("original_prompt") or row["edit_prompt"])
+        pair = (
+            row.get("pair_id") or f"{caption}-{digest(row['edit_prompt'], (row['edited_image']['bytes'] or b'').hex())}"
+        )
+        folder = row["path"].split("/")[-2]
+        split = folder if folder in SPLITS else split_of(caption, self.dataset.validation_fraction, 0)
+        return {"pair_id": pair, "caption_id": caption, "split": split}
+
+    def views(self, pair: list[np.ndarray], pair_id: str) -> list[list[np.ndarray]]:
+        """The squares of a pair that are encoded; they depend on the seed and the pair alone."""
+        side, sides = self.recipe.resolution, self.recipe.random_resize
+        if sides is None:
+            return [[square(image, side) for image in pair]]
+        rng = np.random.default_rng(digest("crops", self.seed, pair_id))
+        return [random_squares(pair, side, sides, rng) for _ in range(self.recipe.crops)]
 
 
 def token_ids(model: TextToImage, text: str) -> torch.Tensor:

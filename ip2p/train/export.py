@@ -10,6 +10,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from ip2p.models import TextToImage
 from ip2p.recipe import Recipe
+from ip2p.train.unet import merge, trainable
 
 SCHEDULERS = {
     "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
@@ -60,15 +61,17 @@ def export(
 
     Args:
         model: the base model, its UNet already widened; its weights are replaced, in place, by the averaged ones.
-        ema: `EMAModel.state_dict()` of that UNet.
+        ema: `EMAModel.state_dict()` of what the recipe trains of that UNet.
         facts: what the card tells about the data and the result: label -> value.
         example: an instruction for the card's example.
     """
-    parameters = list(model.unet.parameters())
+    parameters = trainable(model.unet, recipe.train.lora_rank)
     assert len(parameters) == len(ema["shadow_params"]), "the checkpoint is of another UNet"
     with torch.no_grad():
         for parameter, average in zip(parameters, ema["shadow_params"], strict=True):
             parameter.copy_(average)
+    if recipe.train.lora_rank is not None:
+        merge(model.unet)
     # diffusers' DDIM clips the predicted latents to [-1, 1] unless told otherwise: right for pixels only.
     options = {"clip_sample": False} if recipe.sampling.solver == "ddim" else {}
     scheduler = SCHEDULERS[recipe.sampling.solver].from_config(model.schedule.config, **options)

@@ -6,7 +6,8 @@ Everything random at step n (which samples, which views, noise, timesteps, dropo
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +21,26 @@ from ip2p.records import digest
 from ip2p.train.dropout import drop, dropout_masks
 from ip2p.train.encode import token_ids
 from ip2p.train.latents import Batch, LatentPairs, sample_indices
-from ip2p.train.loss import add_noise, draw_timesteps, mse, prediction_target
+from ip2p.train.loss import add_noise, draw_timesteps, min_snr_weight, mse, prediction_target
+from ip2p.train.unet import trainable
 
 LOG_EVERY = 10  # steps
 
 State = dict[str, Any]
 Report = Callable[[dict[str, float], State | None], None]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random about B samples of a step."""
+
+    noise: Tensor  # (B, C, h, w)
+    timesteps: Tensor  # (B,)
+    text_dropped: Tensor  # (B,) bool
+    image_dropped: Tensor  # (B,) bool
+
+    def __getitem__(self, rows: slice) -> "Draw":
+        return Draw(self.noise[rows], self.timesteps[rows], self.text_dropped[rows], self.image_dropped[rows])
 
 
 def train(
@@ -37,6 +52,7 @@ def train(
     report: Report,
     validation: LatentPairs | None = None,
     state: State | None = None,
+    look: Callable[[int], None] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> EMAModel:
@@ -49,15 +65,19 @@ def train(
             grad_norm, samples_per_second, eta_seconds and, at a checkpoint with a `validation` split, validation_loss.
             The state refers to live tensors: save it before returning.
         state: what `report` was given at the step to go on from; None starts anew.
+        look: called on the first rank at every checkpoint, with the step, while the UNet holds the averaged weights.
         world_size: above 1, torch.distributed must have been initialised.
 
     Returns:
-        The moving average of the UNet's parameters: the weights to use.
+        The moving average of the parameters that were trained (`unet.trainable`): the weights to use.
     """
-    unet = model.unet.float().to(memory_format=torch.channels_last).requires_grad_(True).train()  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    unet = model.unet.float().to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
+    trained = trainable(unet, recipe.lora_rank)
+    if recipe.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     scaler = torch.amp.GradScaler(torch.device(model.device).type, enabled=recipe.precision == "float16")
-    ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, foreach=True)
+    ema = EMAModel(trained, decay=recipe.ema_decay, foreach=True)
     first_step = 0
     if state is not None:
         first_step = restore(state, unet, optimizer, scaler, ema)
@@ -68,24 +88,35 @@ def train(
     for step in range(first_step, recipe.steps):
         generator = torch.Generator().manual_seed(digest("train", seed, rank, step))
         indices = sample_indices(pairs.count, seed, step, rank, world_size, recipe.batch_size)
-        batch = pairs.batch(indices, torch.rand(len(indices), generator=generator)).to(model.device)
+        batch = pairs.batch(indices, torch.rand(len(indices), generator=generator))
+        drawn = draw(batch, recipe, len(model.schedule.alphas_cumprod), generator)
         optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
-        with torch.autocast(torch.device(model.device).type, autocast_dtype(recipe), recipe.precision != "float32"):
-            loss = denoising_loss(model, parallel, batch, null_text, recipe, generator)
-        scaler.scale(loss).backward()
+        loss = torch.zeros((), device=model.device)
+        for rows in micro_batches(len(indices), recipe.micro_batch):
+            last = rows.stop == len(indices)  # then the ranks exchange gradients
+            with nullcontext() if last or world_size == 1 else parallel.no_sync():
+                with autocast(model.device, recipe):
+                    part = denoising_loss(model, parallel, batch[rows], drawn[rows], null_text, recipe)
+                    part = part * (rows.stop - rows.start) / len(indices)
+                scaler.scale(part).backward()
+            loss += part.detach()
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        ema.step(unet.parameters())
+        ema.step(trained)
 
-        window.add(loss.detach(), grad_norm)
+        window.add(loss, grad_norm)
         done = step + 1
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
             metrics = window.close(done, learning_rate(recipe, step))
-            if validation is not None and rank == 0:
-                metrics["validation_loss"] = validation_loss(model, ema, validation, null_text, recipe, seed)
+            if rank == 0:
+                with averaged_weights(unet, trained, ema):
+                    if validation is not None:
+                        metrics["validation_loss"] = validation_loss(model, validation, null_text, recipe, seed)
+                    if look is not None:
+                        look(done)
             report(metrics, snapshot(done, unet, optimizer, scaler, ema))
             window = _Window(done, recipe)
         elif done % LOG_EVERY == 0:
@@ -100,8 +131,24 @@ def learning_rate(recipe: Train, step: int) -> float:
     return recipe.learning_rate * min(1.0, (step + 1) / warmup, (recipe.steps - step) / cooldown)
 
 
-def autocast_dtype(recipe: Train) -> torch.dtype:
-    return torch.float16 if recipe.precision == "float16" else torch.bfloat16
+def autocast(device: str, recipe: Train) -> torch.autocast:
+    dtype = torch.float16 if recipe.precision == "float16" else torch.bfloat16
+    return torch.autocast(torch.device(device).type, dtype, enabled=recipe.precision != "float32")
+
+
+def micro_batches(size: int, largest: int | None) -> list[slice]:
+    """Rows of a batch of `size`, at most `largest` at a time."""
+    largest = largest or size
+    return [slice(start, min(start + largest, size)) for start in range(0, size, largest)]
+
+
+def draw(batch: Batch, recipe: Train, train_timesteps: int, generator: torch.Generator) -> Draw:
+    """Noise, timesteps and dropout of a batch, on the CPU: the same on every device."""
+    size = len(batch.token_ids)
+    noise = torch.randn(batch.target_latents.shape, generator=generator)
+    timesteps = draw_timesteps(size, train_timesteps, generator)
+    u = torch.rand(size, generator=generator)
+    return Draw(noise, timesteps, *dropout_masks(u, recipe.drop_text, recipe.drop_image, recipe.drop_both))
 
 
 @torch.no_grad()
@@ -112,54 +159,52 @@ def encode_text(model: TextToImage, ids: Tensor) -> Tensor:
 
 # L = E || eps - eps_theta(z_t, t, E(c_I), c_T) ||^2   (InstructPix2Pix, eq. 1), or the same in v
 def denoising_loss(
-    model: TextToImage,
-    unet: Callable,
-    batch: Batch,
-    null_text: Tensor,
-    recipe: Train,
-    generator: torch.Generator,
+    model: TextToImage, unet: Callable, batch: Batch, drawn: Draw, null_text: Tensor, recipe: Train
 ) -> Tensor:
-    """Mean loss of a batch under noise, timesteps and dropout drawn, on the CPU, from `generator`."""
-    size, device, schedule = len(batch.token_ids), model.device, model.schedule
-    noise = torch.randn(batch.target_latents.shape, generator=generator).to(device)
-    timesteps = draw_timesteps(size, len(schedule.alphas_cumprod), generator)
-    u = torch.rand(size, generator=generator).to(device)
-    text_dropped, image_dropped = dropout_masks(u, recipe.drop_text, recipe.drop_image, recipe.drop_both)
-    abar = schedule.alphas_cumprod.cpu()[timesteps].to(device)
+    """Mean loss of a batch under what was drawn for it."""
+    device, schedule = model.device, model.schedule
+    batch, noise = batch.to(device), drawn.noise.to(device)
+    abar = schedule.alphas_cumprod.cpu()[drawn.timesteps].to(device)
 
     noisy = add_noise(batch.target_latents, noise, abar)
-    image_latents = drop(batch.image_latents, image_dropped, 0.0)
-    text = drop(encode_text(model, batch.token_ids), text_dropped, null_text)
-    prediction = unet(torch.cat([noisy, image_latents], dim=1), timesteps.to(device), text).sample
-    return mse(prediction, prediction_target(schedule.prediction_type, batch.target_latents, noise, abar)).mean()
+    image_latents = drop(batch.image_latents, drawn.image_dropped.to(device), 0.0)
+    text = drop(encode_text(model, batch.token_ids), drawn.text_dropped.to(device), null_text)
+    prediction = unet(torch.cat([noisy, image_latents], dim=1), drawn.timesteps.to(device), text).sample
+    losses = mse(prediction, prediction_target(schedule.prediction_type, batch.target_latents, noise, abar))
+    if recipe.min_snr_gamma is not None:
+        losses = losses * min_snr_weight(schedule.prediction_type, abar, recipe.min_snr_gamma)
+    return losses.mean()
 
 
 @torch.no_grad()
-def validation_loss(
-    model: TextToImage, ema: EMAModel, pairs: LatentPairs, null_text: Tensor, recipe: Train, seed: int
-) -> float:
-    """Loss of the averaged weights on up to 256 held-out pairs, without dropout, always under the same noise."""
-    recipe = recipe.model_copy(update={"drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0})
+def validation_loss(model: TextToImage, pairs: LatentPairs, null_text: Tensor, recipe: Train, seed: int) -> float:
+    """Loss of the model as it is on up to 256 held-out pairs, always under the same noise, all timesteps alike.
+
+    Nothing is dropped.
+    """
+    plain = {"drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0, "min_snr_gamma": None}
+    recipe = recipe.model_copy(update=plain)
     total, count = 0.0, min(pairs.count, 256)
-    with averaged_weights(model.unet, ema):
-        for start in range(0, count, recipe.batch_size):
-            generator = torch.Generator().manual_seed(digest("validation", seed, start))
-            indices = torch.arange(start, min(start + recipe.batch_size, count))
-            batch = pairs.batch(indices, torch.zeros(len(indices))).to(model.device)
-            total += denoising_loss(model, model.unet, batch, null_text, recipe, generator).item() * len(indices)
+    size = recipe.micro_batch or recipe.batch_size
+    for start in range(0, count, size):
+        generator = torch.Generator().manual_seed(digest("validation", seed, start))
+        indices = torch.arange(start, min(start + size, count))
+        batch = pairs.batch(indices, torch.zeros(len(indices)))
+        drawn = draw(batch, recipe, len(model.schedule.alphas_cumprod), generator)
+        total += denoising_loss(model, model.unet, batch, drawn, null_text, recipe).item() * len(indices)
     return total / count
 
 
 @contextmanager
-def averaged_weights(unet: torch.nn.Module, ema: EMAModel) -> Iterator[None]:
+def averaged_weights(unet: torch.nn.Module, trained: list[torch.nn.Parameter], ema: EMAModel) -> Iterator[None]:
     """Inside, `unet` holds the averaged weights and is in evaluation mode; after, it is as before."""
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
+    ema.store(trained)
+    ema.copy_to(trained)
     unet.eval()
     try:
         yield
     finally:
-        ema.restore(unet.parameters())
+        ema.restore(trained)
         unet.train()
 
 

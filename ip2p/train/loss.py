@@ -35,6 +35,14 @@ def prediction_target(prediction_type: str, latents: Tensor, noise: Tensor, alph
     raise ValueError(f"prediction_type {prediction_type!r} of the base model: 'epsilon' or 'v_prediction' is supported")
 
 
+# w = min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v;  SNR = abar / (1 - abar)
+# (Hang et al. 2023, section 3.4)
+def min_snr_weight(prediction_type: str, alphas_cumprod: Tensor, gamma: float) -> Tensor:
+    """Weights (B,) of the samples' losses, from their own abar_t (B,): nearly clean timesteps count for less."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+
+
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error per sample, (B,), in float32."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

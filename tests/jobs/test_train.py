@@ -1,15 +1,20 @@
 """The whole of stage 4 at its smallest, on a real local Ray."""
 
+import io
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
 from skimage import data
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ip2p import images
-from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Recipe, Train
-from ip2p.records import DATASET
+from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Recipe, Sampling, Train
+from ip2p.records import DATASET, caption_id, split_of
 from ip2p.workspace import Workspace
 from jobs import train
 
@@ -24,7 +29,8 @@ def recipe(tiny_sd):
         device="cpu",
         models=Models(text_to_image=ref, clip=ClipRef(name="ViT-B-32", pretrained="openai"), llm=ref, editor=ref),
         captions=GrammarCaptions(),
-        train=Train(steps=4, batch_size=4, resolution=64, checkpoint_every=2, learning_rate=1e-3),
+        train=Train(steps=4, batch_size=4, resolution=64, checkpoint_every=2, learning_rate=1e-3, max_broken=0.2),
+        sampling=Sampling(steps=2),
     )
 
 
@@ -40,6 +46,13 @@ def write_dataset(workspace, split, count, broken=False):
         rows[0]["edited_image"] = {"bytes": b""}
     with workspace.open_out("dataset", split, "part.parquet") as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=DATASET), file)
+
+
+def board_events(workspace: Workspace) -> EventAccumulator:
+    (folder,) = {path.rsplit("/", 1)[0] for path in workspace.files("tensorboard")}
+    events = EventAccumulator(folder)
+    events.Reload()
+    return events
 
 
 def test_from_dataset_to_diffusers(recipe, tmp_path, local_ray, capsys):
@@ -64,6 +77,14 @@ def test_from_dataset_to_diffusers(recipe, tmp_path, local_ray, capsys):
     image = torch.zeros(1, 3, 64, 64)
     result = pipeline("invert the colours", image=image, num_inference_steps=2, output_type="np").images
     assert result.shape == (1, 64, 64, 3)
+
+    events = board_events(workspace)
+    assert [event.step for event in events.Scalars("validation_loss")] == [2, 4]
+    sheets = [np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in events.Images("edits")]
+    before, edited, after = np.split(sheets[-1], 3, axis=1)
+    assert before.shape == (2 * 64, 64, 3), "the two held-out pairs, one below the other"
+    assert np.abs(255 - before.astype(int) - after).mean() < 8, "the pair's own images; one is a JPEG"
+    assert not np.array_equal(edited, before) and not np.array_equal(sheets[0], sheets[1])
 
     capsys.readouterr()
     train.run(recipe, workspace)
@@ -91,8 +112,60 @@ def test_goes_on_from_the_last_checkpoint_as_if_never_stopped(recipe, tmp_path, 
     assert all(torch.equal(unets[0][name], unets[1][name]) for name in unets[0])
 
 
+def test_the_published_dataset_as_it_is_an_adapter_and_the_best_checkpoint(recipe, tmp_path, local_ray, capsys):
+    """No pair_id, no caption_id, one folder: rows are split by caption; a step is made of two passes."""
+    captions = [f"a picture of {name}" for name in ("dog", "cat", "house", "tree", "boat", "car", "sea", "hill")]
+    rows = [
+        {
+            "original_prompt": caption,
+            "original_image": {"bytes": images.encode(PHOTOS[k % 4]), "path": None},
+            "edit_prompt": "invert the colours",
+            "edited_prompt": f"{caption}, inverted",
+            "edited_image": {"bytes": images.encode(255 - PHOTOS[k % 4]), "path": None},
+        }
+        for k, caption in enumerate(captions)
+    ]
+    (tmp_path / "published" / "data").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "published" / "data" / "train-00000-of-00001-ab12.parquet")
+    others = {"dataset": str(tmp_path / "published"), "random_resize": (64.0, 72.0), "crops": 2, "lora_rank": 2}
+    others |= {"micro_batch": 3, "export": "best", "keep": 1, "one_per_caption": True}
+    section = recipe.train.model_copy(update=others)
+    fraction = recipe.dataset.model_copy(update={"validation_fraction": 0.4})
+    workspace = Workspace(tmp_path / "run")
+    train.run(recipe.model_copy(update={"train": section, "dataset": fraction}), workspace)
+
+    latents = workspace.read_table("latents").to_pylist()
+    expected = {caption_id(caption): split_of(caption_id(caption), 0.4, 0) for caption in captions}
+    assert {row["caption_id"]: row["split"] for row in latents} == expected
+    assert set(expected.values()) == {"train", "validation"} and len({row["pair_id"] for row in latents}) == 8
+    assert all(row["shape"][0] == 4 for row in latents), "two crops and their mirror images"
+    curve = pq.read_table(workspace.path("model", "training.parquet"))
+    assert workspace.counts("model")["validation_loss"] == pytest.approx(
+        min(curve["validation_loss"].to_pylist()), 1e-3
+    )
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(workspace.path("model"))
+    assert not any("lora" in name for name in pipeline.unet.state_dict())
+
+
+def test_too_many_broken_images_end_the_job(recipe, tmp_path, local_ray):
+    workspace = Workspace(tmp_path)
+    write_dataset(workspace, "train", 4, broken=True)
+    with pytest.raises(
+        ValueError, match=r"1 of 4 pairs are unreadable, more than train.max_broken 0.2.*train0: .*empty"
+    ):
+        train.run(recipe, workspace)
+
+
+def test_a_column_that_is_missing_is_named(recipe, tmp_path, local_ray):
+    (tmp_path / "other").mkdir()
+    pq.write_table(pa.table({"image": ["a"], "edit_prompt": ["b"]}), tmp_path / "other" / "a.parquet")
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dataset": str(tmp_path / "other")})})
+    with pytest.raises(ValueError, match="has no column original_image, edited_image; it has image, edit_prompt"):
+        train.run(other, Workspace(tmp_path / "run"))
+
+
 def test_no_pairs_is_told_before_anything_starts(recipe, tmp_path, local_ray):
-    with pytest.raises(ValueError, match="no pairs in dataset/train"):
+    with pytest.raises(ValueError, match=r"no pairs to train on in .*/dataset"):
         train.run(recipe, Workspace(tmp_path))
 
 

@@ -6,7 +6,7 @@ from skimage import data
 
 from ip2p import images
 from ip2p.records import DATASET
-from ip2p.train.encode import LATENTS, PairEncoder, names_a_side, square
+from ip2p.train.encode import LATENTS, PairEncoder, names_a_side, random_squares, square
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,20 @@ def test_square_crops_the_centre_and_never_squashes():
     assert square(image, 20).shape == (20, 20, 3)
     assert square(square(image, 64), 64).shape == (64, 64, 3)
     assert np.array_equal(square(image[:, :40], 40), image[:, :40])
+
+
+def test_random_squares_are_cut_alike_from_both_images():
+    photo = data.coffee()
+    corners = set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        before, after = random_squares([photo, 255 - photo], 64, (64, 96), rng)
+        assert before.shape == after.shape == (64, 64, 3)
+        assert np.abs(255 - after.astype(int) - before).max() <= 2, "but for rounding"
+        corners.add(before.tobytes())
+    assert len(corners) == 20
+    exact = random_squares([photo, photo], 400, (400, 400), np.random.default_rng(0))[0]
+    assert any(np.array_equal(exact, photo[:, left : left + 400]) for left in range(201)), "not resized, whole height"
 
 
 def dataset_row(pair_id, instruction, original, edited):
@@ -76,3 +90,12 @@ def test_one_row_out_for_each_in(full_recipe):
     assert torch.allclose(found, torch.cat([mode, mirrored]), atol=2e-3)
     target = torch.from_numpy(np.frombuffer(single["target_latents"], np.float16).reshape(1, 4, 8, 8).copy()).float()
     assert torch.allclose(target, 0.18215 * mode, atol=2e-3)
+
+
+def test_every_crop_is_a_view_and_depends_on_the_pair_alone(full_recipe):
+    photo = images.encode(data.astronaut())
+    section = full_recipe.train.model_copy(update={"random_resize": (64.0, 80.0), "crops": 3})
+    encoder = PairEncoder(full_recipe.model_copy(update={"train": section}))
+    first, again, other = (encoder.encode_row(dataset_row(id_, "make it night", photo, photo)) for id_ in "aab")
+    assert first["shape"] == [6, 4, 8, 8], "three crops and their mirror images"
+    assert first["image_latents"] == again["image_latents"] != other["image_latents"]

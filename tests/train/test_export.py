@@ -5,6 +5,7 @@ from diffusers.training_utils import EMAModel
 from ip2p.models import load_text_to_image
 from ip2p.recipe import ModelRef, Sampling
 from ip2p.train.export import export
+from ip2p.train.unet import trainable, widen_conv_in
 
 
 def test_diffusers_loads_the_averaged_weights(base, full_recipe, tmp_path):
@@ -23,3 +24,22 @@ def test_diffusers_loads_the_averaged_weights(base, full_recipe, tmp_path):
     assert load_text_to_image(ModelRef(path=str(tmp_path)), device="cpu").is_editor
     card = (tmp_path / "README.md").read_text()
     assert "- pairs: 12" in card and "num_inference_steps=3" in card and "name: a test" in card
+
+
+def test_an_adapter_is_merged_and_diffusers_sees_none(base, full_recipe, tmp_path):
+    recipe = full_recipe.model_copy(update={"train": full_recipe.train.model_copy(update={"lora_rank": 2})})
+    adapted = load_text_to_image(recipe.models.text_to_image, device="cpu")
+    trained = trainable(widen_conv_in(adapted.unet), 2)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(std=0.1)
+    export(base, EMAModel(trained).state_dict(), recipe, {}, "make it night", tmp_path)
+
+    unet = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path).unet
+    assert not any("lora" in name or "base_layer" in name for name in unet.state_dict())
+    latents, text = torch.randn(1, 8, 8, 8), torch.randn(1, 77, 32)
+    with torch.no_grad():
+        expected, found = adapted.unet.eval()(latents, 500, text).sample, unet.eval()(latents, 500, text).sample
+        untrained = widen_conv_in(load_text_to_image(recipe.models.text_to_image, device="cpu").unet)
+        assert torch.allclose(found, expected, atol=1e-4)
+        assert not torch.allclose(untrained(latents, 500, text).sample, expected, atol=0.05)

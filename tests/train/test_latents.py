@@ -1,9 +1,11 @@
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from ip2p.train.encode import LATENTS
+from ip2p.train.encode import LATENTS, token_ids
 from ip2p.train.latents import LatentPairs, sample_indices
+from tests.train.conftest import row
 
 
 def test_an_epoch_shows_every_pair_once_over_all_ranks():
@@ -30,6 +32,27 @@ def test_views_and_tokens_stay_with_their_pair(pairs):
         assert torch.equal(batch.image_latents[sample], pairs.image_latents[view].float())
         assert torch.equal(batch.target_latents[sample], pairs.target_latents[view].float())
     assert torch.equal(batch.token_ids, pairs.token_ids[indices])
+
+
+def test_a_sample_may_be_any_pair_of_its_caption(base):
+    """Captions with 1, 2 and 3 pairs; the last one's pairs have two views."""
+    rows = []
+    for caption in range(3):
+        for k in range(caption + 1):
+            latents = np.full((2 if caption == 2 else 1, 4, 8, 8), 10 * caption + k, np.float16)
+            latents[1:] += 0.5
+            ids = token_ids(base, f"{caption} {k}").tolist()
+            rows.append(row(f"{caption}-{k}", ids, latents, latents) | {"caption_id": str(caption)})
+    pairs = LatentPairs(pa.Table.from_pylist(rows[::-1], schema=LATENTS), "train", one_per_caption=True)
+    assert pairs.count == 3
+    u = torch.linspace(0, 0.999, 60)
+    for caption, expected in enumerate(([0.0], [10.0, 11.0], [20.0, 20.5, 21.0, 21.5, 22.0, 22.5])):
+        batch = pairs.batch(torch.full((60,), caption), u)
+        seen = batch.image_latents[:, 0, 0, 0]
+        assert seen.unique().tolist() == expected
+        assert seen.unique(return_counts=True)[1].float().std(unbiased=False) < 1, "all alike often"
+        for k, ids in zip((seen - 10 * caption).long().tolist(), batch.token_ids, strict=True):
+            assert torch.equal(ids, token_ids(base, f"{caption} {k}"))
 
 
 def test_failed_rows_are_left_out_and_none_at_all_is_refused():

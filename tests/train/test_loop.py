@@ -2,11 +2,10 @@ import io
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 
 from ip2p.models import load_text_to_image
 from ip2p.recipe import ModelRef
-from ip2p.train.loop import learning_rate, train, validation_loss
+from ip2p.train.loop import averaged_weights, learning_rate, train, validation_loss
 from ip2p.train.unet import widen_conv_in
 
 
@@ -34,9 +33,13 @@ def fresh(tiny_sd):
     return model
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_resumed_weights_equal_the_uninterrupted_run_bit_by_bit(tiny_sd, pairs, recipe, precision):
-    recipe = recipe.model_copy(update={"precision": precision})
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.unet.named_parameters()}
+
+
+@pytest.mark.parametrize("other", [{}, {"precision": "bfloat16"}, {"lora_rank": 2}, {"micro_batch": 3}])
+def test_resumed_weights_equal_the_uninterrupted_run_bit_by_bit(tiny_sd, pairs, recipe, other):
+    recipe = recipe.model_copy(update=other)
     whole, resumed = fresh(tiny_sd), fresh(tiny_sd)
     record = Recorder()
     ema = train(whole, pairs, recipe, seed=3, report=record)
@@ -64,11 +67,11 @@ def test_validation_does_not_disturb_training(tiny_sd, pairs, recipe):
 
 def test_learns_and_the_image_reaches_the_unet(base, pairs, recipe):
     recipe = recipe.model_copy(update={"steps": 60, "checkpoint_every": 60, "batch_size": 8, "learning_rate": 3e-3})
-    before = EMAModel(base.unet.parameters())
     null = base.encode_text([""])[0]
-    untrained = validation_loss(base, before, pairs, null, recipe, seed=0)
+    untrained = validation_loss(base, pairs, null, recipe, seed=0)
     ema = train(base, pairs, recipe, seed=0, report=lambda *_: None)
-    assert validation_loss(base, ema, pairs, null, recipe, seed=0) < 0.95 * untrained
+    with averaged_weights(base.unet, list(base.unet.parameters()), ema):
+        assert validation_loss(base, pairs, null, recipe, seed=0) < 0.95 * untrained
     assert base.unet.conv_in.weight[:, 4:].abs().max() > 0
     assert not any(parameter.requires_grad for parameter in base.text_encoder.parameters())
 
@@ -87,3 +90,59 @@ def test_warm_up_is_linear_then_constant(recipe):
     assert [learning_rate(recipe, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     recipe = recipe.model_copy(update={"steps": 10, "cooldown_steps": 4})
     assert [learning_rate(recipe, step) for step in range(3, 10)] == [1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("other", [{"micro_batch": 1}, {"micro_batch": 3}, {"gradient_checkpointing": True}])
+def test_less_memory_gives_the_same_weights(tiny_sd, pairs, recipe, other):
+    whole, frugal = fresh(tiny_sd), fresh(tiny_sd)
+    record, again = Recorder(), Recorder()
+    train(whole, pairs, recipe, seed=3, report=record)
+    train(frugal, pairs, recipe.model_copy(update=other), seed=3, report=again)
+    for metric in ("loss", "grad_norm"):
+        assert again.metrics[0][metric] == pytest.approx(record.metrics[0][metric], rel=1e-4)
+    for a, b in zip(whole.unet.parameters(), frugal.unet.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-4)
+
+
+def test_an_adapter_leaves_the_rest_as_it_was(tiny_sd, pairs, recipe):
+    model = fresh(tiny_sd)
+    before = weights(model)
+    train(model, pairs, recipe.model_copy(update={"lora_rank": 2}), seed=3, report=Recorder())
+    after = weights(model)
+    kept = {name.replace(".base_layer", ""): parameter for name, parameter in after.items()}
+    changed = {name for name in before if not torch.equal(before[name], kept[name])}
+    assert changed == {"conv_in.weight", "conv_in.bias"}
+    adapters = [parameter for name, parameter in after.items() if "lora_B" in name]
+    assert len(adapters) == 128, "four matrices of each of 16 layers, with two attentions each"
+    assert sum(parameter.abs().max() > 0 for parameter in adapters) > 100, "one place alone attends to itself, always"
+
+
+def test_weighing_timesteps_changes_the_loss_and_not_its_measure(tiny_sd, pairs, recipe):
+    plain, weighed = Recorder(), Recorder()
+    recipe = recipe.model_copy(update={"steps": 1, "checkpoint_every": 1, "learning_rate": 1e-12})
+    train(fresh(tiny_sd), pairs, recipe, seed=3, report=plain, validation=pairs)
+    train(
+        fresh(tiny_sd),
+        pairs,
+        recipe.model_copy(update={"min_snr_gamma": 5.0}),
+        seed=3,
+        report=weighed,
+        validation=pairs,
+    )
+    assert weighed.metrics[0]["loss"] < 0.9 * plain.metrics[0]["loss"]
+    assert weighed.metrics[0]["validation_loss"] == pytest.approx(plain.metrics[0]["validation_loss"], rel=1e-5)
+
+
+def test_a_look_sees_the_averaged_weights_and_disturbs_nothing(tiny_sd, pairs, recipe):
+    plain, looked_at = fresh(tiny_sd), fresh(tiny_sd)
+    train(plain, pairs, recipe, seed=3, report=Recorder())
+    seen = {}
+
+    def look(step):
+        assert not looked_at.unet.training
+        seen[step] = weights(looked_at)
+
+    ema = train(looked_at, pairs, recipe, seed=3, report=Recorder(), look=look)
+    assert list(seen) == [3, 6]
+    assert all(torch.equal(a, b) for a, b in zip(seen[6].values(), ema.shadow_params, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.unet.parameters(), looked_at.unet.parameters(), strict=True))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ip2p.train.loss import add_noise, draw_timesteps, mse, prediction_target
+from ip2p.train.loss import add_noise, draw_timesteps, min_snr_weight, mse, prediction_target
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -27,6 +27,12 @@ def test_timesteps_are_stratified_and_uniform():
     assert ((draws >= torch.arange(8) * 125) & (draws < torch.arange(1, 9) * 125)).all()
     assert abs(draws.float().mean() - 499.5) < 1.5
     assert draws.min() == 0 and draws.max() == 999
+
+
+def test_timesteps_are_weighed_as_hang_et_al_do():
+    abar = torch.tensor([0.9, 0.5, 0.1])  # SNR 9, 1, 1/9
+    assert torch.allclose(min_snr_weight("epsilon", abar, 5.0), torch.tensor([5 / 9, 1.0, 1.0]))
+    assert torch.allclose(min_snr_weight("v_prediction", abar, 5.0), torch.tensor([5 / 10, 1 / 2, 1 / 10]))
 
 
 def test_loss_is_per_sample_and_float32():
