@@ -24,6 +24,7 @@ LAYERS = {
     "edit": 2,
     "miniature": 3,
     "evaluate": 4,
+    "plan": 5,
 }
 PEERS = {("clip_similarity", "models"), ("diffusion", "models"), ("recipe", "records"), ("workspace", "records")}
 # The miniature world is known to those who judge by it and to the jobs: the pipeline knows models and recipes only.
