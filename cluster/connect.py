@@ -28,11 +28,16 @@ def connect() -> None:
 
 
 def uses_gpu(device: str) -> bool:
-    """Whether a recipe's `device` means that its actors ask Ray for GPUs.
+    """Whether a recipe's `device` means that its actors ask Ray for GPUs: the cluster has them, or can grow them.
 
     Raises `ValueError` when it demands what the cluster has not.
     """
-    gpus = ray.cluster_resources().get("GPU", 0)
+    gpus = ray.cluster_resources().get("GPU", 0) or gpus_to_come()
     if device == "cuda" and not gpus:
         raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
     return device != "cpu" and gpus > 0
+
+
+def gpus_to_come() -> float:
+    """GPUs of an autoscaling cluster at its largest; 0 where nothing scales. (Ray Train asks Ray in the same way.)"""
+    return (ray._private.state.state.get_max_resources_from_cluster_config() or {}).get("GPU", 0)
