@@ -16,14 +16,15 @@ import ray
 from fastapi import FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve import Application
 from ray.serve.config import BackpressureConfig, HTTPOptions
 from starlette.exceptions import HTTPException
 
 from cluster.connect import connect
 from ip2p import images
-from ip2p.cli import load_settings
+from ip2p.cli import load_settings, read_recipe
 from ip2p.diffusion.solvers import plan
 from ip2p.edit.editor import Editor, EditRequest
 from ip2p.evaluate.editors import available, load_editor
@@ -184,10 +185,34 @@ class Flags(BaseModel):
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen at")
 
 
-def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int) -> None:
-    """Start the endpoint on the Ray that runs, or on a local one; returns when it is ready."""
+class ApplicationArgs(BaseModel):
+    """`args` of the application in a Serve config file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str = Field(description="recipe file, looked up in the current directory and then in the repository")
+    workspace: str | None = Field(default=None, description="folder of the run whose editor is served, if it has one")
+
+
+def build(args: ApplicationArgs) -> Application:
+    """The application for a Serve config file (`import_path: serve.app:build`), whose deployments say what it needs.
+
+    Raises `ValueError` when the recipe is wrong, or there is no editor to serve.
+    """
+    recipe, workspace = read_recipe(args.recipe), Workspace(args.workspace) if args.workspace else None
+    check(recipe, workspace)
+    return EditService.bind(recipe, workspace)
+
+
+def check(recipe: Recipe, workspace: Workspace | None) -> None:
+    """Raises `ValueError`, naming the key, when the shipped editor is to be served and is not there."""
     if available(workspace)[0] == SHIPPED:
         locate(recipe.models.editor.path, "models.editor.path")
+
+
+def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int) -> None:
+    """Start the endpoint on the Ray that runs, or on a local one; returns when it is ready."""
+    check(recipe, workspace)
     connect()
     gpu = recipe.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     serve.start(http_options=HTTPOptions(host=host, port=port))
