@@ -11,6 +11,7 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest, ResourceRequestByCount
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 
 from ip2p.recipe import REPOSITORY
 from tests.cluster.test_image import final_stages, instructions
@@ -110,6 +111,7 @@ def launched(
         ({"GPU": 1}, 8, False, "diffusion", 1),
         ({"GPU": 1}, 16, False, "diffusion", 2),
         ({"CPU": 1, "GPU": 1}, 8, True, "training", 1),
+        ({"CPU": 0.4, "GPU": 1}, 8, False, "training", 1),  # not meant, and known: see the file
     ],
 )
 def test_jobs_get_the_machines_meant_for_them(config, request_, count, gang, pool, machines):
@@ -117,6 +119,13 @@ def test_jobs_get_the_machines_meant_for_them(config, request_, count, gang, poo
     no_spot = {name: 0.0 for name in config["available_node_types"] if name.endswith(SPOT)}
     without = launched(config, request_, count, gang, recoverable_resource_availabilities=no_spot)
     assert without == {pool: machines}
+
+
+def test_training_waits_for_machines(config):
+    (timeout,) = (option for option in config["docker"]["run_options"] if "RAY_TRAIN_WORKER_GROUP" in option)
+    name, seconds = timeout.removeprefix("--env ").split("=")
+    assert name == WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+    assert int(seconds) > 600
 
 
 def test_strangers_are_kept_out(config):
