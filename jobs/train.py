@@ -24,13 +24,13 @@ from ray.train.torch import TorchTrainer, get_device
 from cluster.board import Board
 from cluster.connect import connect, uses_gpu
 from ip2p.cli import load_settings
+from ip2p.evaluate.pictures import contact_sheet
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
 from ip2p.train.encode import REQUIRED, SPLITS, WELCOME, PairEncoder
 from ip2p.train.export import export
 from ip2p.train.latents import LatentPairs
 from ip2p.train.loop import train
-from ip2p.train.pictures import contact_sheet
 from ip2p.train.unet import widen_conv_in
 from ip2p.workspace import Workspace
 
