@@ -4,10 +4,42 @@ import json
 from typing import Any
 
 import pyarrow as pa
+import yaml
 
+from ip2p.recipe import Recipe
 from ip2p.records import DATASET, IMAGE, SCORES
 
 SPLITS = ("train", "validation", "test")
+
+CARD = """\
+---
+task_categories: [image-to-image]
+tags: [instruct-pix2pix, image-editing]
+---
+
+# {name}
+
+Pairs of images with the instruction that leads from the one to the other, made as in *InstructPix2Pix* (Brooks,
+Holynski, Efros, CVPR 2023): captions edited by `{llm}`, images drawn by `{text_to_image}` with Prompt-to-Prompt, chosen
+by CLIP `{clip}`. The images are made, not photographed; the licences of these models hold for what they made.
+
+```python
+from datasets import load_dataset
+
+pairs = load_dataset("NAME OF THIS DATASET", split="train")
+```
+
+{splits}
+
+The columns `original_prompt`, `original_image`, `edit_prompt`, `edited_prompt` and `edited_image` are those of
+timbrooks/instructpix2pix-clip-filtered; the others say how a pair was made and how it was scored. All pairs of a
+caption are in one split.
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
 
 
 def explode(rows: pa.Table) -> list[dict[str, Any]]:
@@ -44,3 +76,15 @@ def with_features(schema: pa.Schema = DATASET) -> pa.Schema:
 
 def _dtype(kind: pa.DataType) -> str:
     return {"float": "float32", "double": "float64"}.get(str(kind), str(kind))
+
+
+def dataset_card(recipe: Recipe, counts: dict[str, int]) -> str:
+    """What a hub shows of an exported dataset. counts: pairs by split."""
+    return CARD.format(
+        name=recipe.name,
+        llm=recipe.models.llm.path,
+        text_to_image=recipe.models.text_to_image.path,
+        clip=recipe.models.clip.name,
+        splits="\n".join(f"- {split}: {counts[split]} pairs" for split in SPLITS if counts[split]),
+        recipe=yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False),
+    )
