@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from pyarrow.fs import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliImplicitFlag
 from rich.console import Console
@@ -39,7 +40,7 @@ from ip2p.models import TextToImage
 from ip2p.recipe import Recipe
 from ip2p.records import DATASET, caption_id
 from ip2p.train.encode import PairEncoder, encode_pairs, token_ids
-from ip2p.train.latents import Batch, LatentPairs, sample_indices
+from ip2p.train.latents import Batch, LatentPairs, lay_out, sample_indices
 from ip2p.workspace import Workspace
 from jobs import train as job
 
@@ -136,7 +137,11 @@ def loop_rate(recipe: Recipe, flags: Flags, rows: list[dict[str, Any]], ahead: b
     clock = StepClock(flags.timed_steps // 3)
     if ahead:
         path = {"path": "dataset/train/part.parquet"}
-        pairs = LatentPairs(PairEncoder(recipe)(pa.Table.from_pylist([row | path for row in rows])), "train")
+        latents = PairEncoder(recipe)(pa.Table.from_pylist([row | path for row in rows]))
+        folder = Path(tempfile.mkdtemp())
+        pq.write_table(latents, folder / "latents.parquet")
+        lay_out(LocalFileSystem(), [str(folder / "latents.parquet")], "train", folder / "train")
+        pairs = LatentPairs(folder / "train")
     else:
         keys = ("original_image", "edited_image")
         pictures = np.array([[images.decode(row[key]["bytes"]) for key in keys] for row in rows])

@@ -6,6 +6,7 @@ dataset/ -> encode once to latents/ -> train, with checkpoints under checkpoints
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
 from ip2p.train.encode import REQUIRED, SPLITS, WELCOME, PairEncoder
 from ip2p.train.export import export
-from ip2p.train.latents import LatentPairs
+from ip2p.train.latents import LatentPairs, lay_out
 from ip2p.train.loop import train
 from ip2p.train.unet import widen_conv_in
 from ip2p.workspace import Workspace
@@ -204,9 +205,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(threads_per_worker(config["cpus"], context.get_local_world_size()))
     model = load_base(recipe, str(get_device()))
-    latents = workspace.read_table("latents")
-    pairs = LatentPairs(latents, "train", recipe.train.one_per_caption)
-    validation = LatentPairs(latents, "validation") if workspace.counts("latents")["validation"] else None
+    here, folders = local_latents(workspace)
+    pairs = LatentPairs(folders["train"], recipe.train.one_per_caption)
+    validation = LatentPairs(folders["validation"]) if "validation" in folders else None
     state, curve = load_checkpoint(ray.train.get_checkpoint(), model.device)
     if state is not None and state["step"] > recipe.train.steps:
         raise ValueError(
@@ -256,6 +257,23 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         rank=rank,
         world_size=world_size,
     )
+    if context.get_local_rank() == 0:
+        shutil.rmtree(here)
+
+
+def local_latents(workspace: Workspace) -> tuple[Path, dict[str, Path]]:
+    """A folder of this machine, and in it those of each split that has pairs; the machine's first worker makes them."""
+    counts = workspace.counts("latents")
+    made = workspace.fs.get_file_info(workspace.path("latents", "_SUCCESS")).mtime_ns
+    here = Path(tempfile.gettempdir(), f"ip2p-latents-{short_digest([workspace.uri('latents'), made])}")
+    folders = {split: here / split for split in SPLITS if counts[split]}
+    if ray.train.get_context().get_local_rank() == 0:
+        paths = [path for path in workspace.files("latents") if path.endswith(".parquet")]
+        for split, folder in folders.items():
+            lay_out(workspace.fs, paths, split, folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return here, folders
 
 
 def validation_rows(recipe: Recipe, workspace: Workspace) -> list[dict[str, Any]]:

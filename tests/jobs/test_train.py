@@ -1,12 +1,20 @@
 """The whole of stage 4 at its smallest, on a real local Ray."""
 
 import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 from skimage import data
@@ -18,6 +26,7 @@ from ip2p.records import DATASET, caption_id, split_of
 from ip2p.workspace import Workspace
 from jobs import train
 
+REPOSITORY = Path(__file__).parent.parent.parent
 PHOTOS = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
 
 
@@ -145,6 +154,82 @@ def test_the_published_dataset_as_it_is_an_adapter_and_the_best_checkpoint(recip
     )
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(workspace.path("model"))
     assert not any("lora" in name for name in pipeline.unet.state_dict())
+
+
+@pytest.fixture(scope="module")
+def long_recipe(tiny_sd, tmp_path_factory):
+    """A recipe file of 60 steps on two workers, with a checkpoint every ten."""
+    ref = ModelRef(path=str(tiny_sd))
+    recipe = Recipe(
+        name="long",
+        device="cpu",
+        models=Models(text_to_image=ref, clip=ClipRef(name="ViT-B-32", pretrained="openai"), llm=ref, editor=ref),
+        captions=GrammarCaptions(),
+        train=Train(steps=60, batch_size=4, resolution=64, checkpoint_every=10, learning_rate=1e-3, workers=2),
+    )
+    file = tmp_path_factory.mktemp("recipes") / "long.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return file
+
+
+def start_job(recipe: Path, workspace: Workspace) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "jobs.train", "--recipe", str(recipe), "--workspace", workspace.location],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(job: subprocess.Popen[str], what: str) -> None:
+    assert job.stdout is not None
+    assert any(what in line for line in job.stdout), f"it ended without {what!r}"
+
+
+def result(workspace: Workspace) -> tuple[list[tuple[int, float]], dict[str, torch.Tensor]]:
+    """(losses by step, the model's weights)."""
+    curve = pq.read_table(workspace.path("model", "training.parquet")).to_pylist()
+    unet = StableDiffusionInstructPix2PixPipeline.from_pretrained(workspace.path("model")).unet
+    return [(row["step"], row["loss"]) for row in curve], unet.state_dict()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(long_recipe, tmp_path_factory):
+    workspace = Workspace(tmp_path_factory.mktemp("whole"))
+    write_dataset(workspace, "train", 4)
+    job = start_job(long_recipe, workspace)
+    job.communicate(timeout=600)
+    assert job.returncode == 0
+    return result(workspace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["worker", "job"])
+def test_what_is_killed_goes_on_and_ends_as_if_nothing_had_happened(victim, long_recipe, uninterrupted, tmp_path):
+    """SIGKILL between two checkpoints: of one of two workers, or of the job and all that it has started."""
+    workspace = Workspace(tmp_path / "run")
+    write_dataset(workspace, "train", 4)
+    job = start_job(long_recipe, workspace)
+    wait_for(job, "step 20/60")
+    if victim == "worker":
+        processes = psutil.Process(job.pid).children(recursive=True)
+        workers = [process for process in processes if "RayTrainWorker" in "".join(process.cmdline())]
+        assert len(workers) == 2
+        workers[1].kill()
+    else:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        assert not workspace.done("model")
+        job = start_job(long_recipe, workspace)
+    printed, _ = job.communicate(timeout=600)
+    assert job.returncode == 0
+    assert re.search(r"60 steps, from step [1-5]0,", printed), "from a checkpoint"
+    losses, weights = result(workspace)
+    expected_losses, expected_weights = uninterrupted
+    assert losses == expected_losses
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
 
 
 def test_too_many_broken_images_end_the_job(recipe, tmp_path, local_ray):

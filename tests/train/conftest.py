@@ -4,13 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem
 
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Recipe, Train
 from ip2p.train.encode import LATENTS, token_ids
-from ip2p.train.latents import LatentPairs
+from ip2p.train.latents import LatentPairs, lay_out
 from ip2p.train.unet import widen_conv_in
 
 
@@ -22,8 +24,18 @@ def base(tiny_sd: Path) -> TextToImage:
     return model
 
 
+def open_pairs(rows: list[dict], folder: Path, one_per_caption: bool = False) -> LatentPairs:
+    """Rows of LATENTS, in two files, laid out and opened."""
+    folder.mkdir(exist_ok=True)
+    paths = [str(folder / "b.parquet"), str(folder / "a.parquet")]
+    for path, part in zip(paths, (rows[::2], rows[1::2])):
+        pq.write_table(pa.Table.from_pylist(part, schema=LATENTS), path)
+    lay_out(LocalFileSystem(), paths, "train", folder / "train")
+    return LatentPairs(folder / "train", one_per_caption)
+
+
 @pytest.fixture
-def pairs(base: TextToImage) -> LatentPairs:
+def pairs(base: TextToImage, tmp_path: Path) -> LatentPairs:
     """Seven pairs, every other one with a mirrored view."""
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -31,7 +43,7 @@ def pairs(base: TextToImage) -> LatentPairs:
         shape = (1 + k % 2, 4, 8, 8)
         image, target = (torch.randn(shape, generator=generator).half().numpy() for _ in range(2))
         rows.append(row(f"pair{k}", token_ids(base, f"make it {k}").tolist(), image, target))
-    return LatentPairs(pa.Table.from_pylist(rows, schema=LATENTS), "train")
+    return open_pairs(rows, tmp_path / "pairs")
 
 
 @pytest.fixture
