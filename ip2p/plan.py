@@ -214,7 +214,8 @@ def edits(recipe: Recipe) -> tuple[int, int]:
 
 
 def views(recipe: Recipe, assumed: Assumptions) -> float:
-    return assumed.views if recipe.train.flip else 1.0
+    """Encodings of a pair: its crops, and most of them mirrored as well."""
+    return recipe.train.crops * (assumed.views if recipe.train.flip else 1.0)
 
 
 def relative_area(height: int, width: int) -> float:

@@ -102,7 +102,7 @@ def test_a_job_can_have_flags_of_its_own(recipe, capsys):
         (["--pairs.candidatez", "8"], "--pairs.candidatez: there is no such flag; did you mean --pairs.candidates?"),
         (["--pair.candidates", "8"], "--pair.candidates: there is no such flag; did you mean --pairs.candidates?"),
         (["--candidates=8"], "--candidates: there is no such flag; did you mean --pairs.candidates?"),
-        (["--train.xyzzy", "8"], "--train.xyzzy: there is no such flag; there are --train.base, --train.steps"),
+        (["--train.xyzzy", "8"], "--train.xyzzy: there is no such flag; there are --train.base, --train.dataset"),
         (["--pairs.candidates", "many"], "pairs.candidates: Input should be a valid integer"),
         (["--captions.count", "-1"], 'captions.count: Input should be greater than 0, not "-1"'),
         (["--pairs.solver", "eule"], "pairs.solver: Input should be 'euler_ancestral', 'euler', 'ddim'"),

@@ -78,6 +78,8 @@ def test_training_encodes_once_and_passes_thrice(recipe):
     assert train_tflop(recipe, 100, ROUND) == 100 + 30
     # Latents: 100 x 2 x 2 x 4 x 32 x 32 x 2 bytes; 4 GB of weights, four times that in each of two checkpoints.
     assert train_gb(recipe, 100, ROUND) == pytest.approx(0.0032768 + 2 * 16 + 4)
+    crops = {"steps": 10, "batch_size": 4, "resolution": 256, "random_resize": (256, 288), "crops": 3}
+    assert train_tflop(make_recipe(train=crops), 100, ROUND) == 3 * 100 + 30
 
 
 def test_counts_the_edits_that_the_sweep_plans(recipe):
