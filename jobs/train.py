@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ray.train.torch import TorchTrainer, get_device
 from cluster.board import Board
 from cluster.connect import connect, uses_gpu
 from ip2p.cli import load_settings
-from ip2p.evaluate.pictures import contact_sheet
+from ip2p.evaluate.pictures import contact_sheet, is_readable
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
 from ip2p.train.encode import REQUIRED, SPLITS, WELCOME, PairEncoder
@@ -277,13 +278,16 @@ def local_latents(workspace: Workspace) -> tuple[Path, dict[str, Path]]:
 
 
 def validation_rows(recipe: Recipe, workspace: Workspace) -> list[dict[str, Any]]:
-    """The first rows of the held-out pairs, to be looked at; none where the dataset has no such folder."""
+    """The first held-out pairs that can be read, to be looked at; none where the dataset has no such folder."""
     source, paths = dataset_files(recipe, workspace)
     held_out = [path for path in paths if path.split("/")[-2] == "validation"]
     if not held_out or not recipe.train.pictures:
         return []
     file = pq.ParquetFile(source.fs.open_input_file(held_out[0]))
-    return next(file.iter_batches(recipe.train.pictures, columns=list(REQUIRED)), pa.table({})).to_pylist()
+    rows = (
+        row for rows in file.iter_batches(recipe.train.pictures, columns=list(REQUIRED)) for row in rows.to_pylist()
+    )
+    return list(islice(filter(is_readable, rows), recipe.train.pictures))
 
 
 def load_checkpoint(checkpoint: ray.train.Checkpoint | None, device: str) -> tuple[dict[str, Any] | None, list[dict]]:

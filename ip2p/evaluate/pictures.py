@@ -12,6 +12,16 @@ from ip2p.recipe import Recipe
 from ip2p.train.encode import square
 
 
+def is_readable(row: dict[str, Any]) -> bool:
+    """Whether both images of a dataset's row can be shown; training has counted and named those that can't."""
+    try:
+        for key in ("original_image", "edited_image"):
+            images.decode(row[key]["bytes"])
+    except ValueError:
+        return False
+    return True
+
+
 def contact_sheet(model: TextToImage, rows: Sequence[dict[str, Any]], recipe: Recipe) -> np.ndarray:
     """uint8 (N side, 3 side, 3): for each row of a dataset the image, what `model` makes of it, and the edited image.
 

@@ -67,19 +67,20 @@ def board_events(workspace: Workspace) -> EventAccumulator:
 def test_from_dataset_to_diffusers(recipe, tmp_path, local_ray, capsys):
     workspace = Workspace(tmp_path / "run")
     write_dataset(workspace, "train", 5, broken=True)
-    write_dataset(workspace, "validation", 2)
-    train.run(recipe, workspace)
+    write_dataset(workspace, "validation", 3, broken=True)
+    train.run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_broken": 0.5})}), workspace)
 
     latents = workspace.read_table("latents")
     statuses = sorted(zip(latents["split"].to_pylist(), latents["status"].to_pylist()))
-    assert statuses == [("train", "failed")] + 4 * [("train", "ok")] + 2 * [("validation", "ok")]
+    broken = [("train", "failed"), ("validation", "failed")]
+    assert statuses == sorted(broken + 4 * [("train", "ok")] + 2 * [("validation", "ok")])
     curve = pq.read_table(workspace.path("model", "training.parquet"))
     assert curve["step"].to_pylist() == [2, 4]
     assert all(
         value > 0 for name in ("loss", "validation_loss", "samples_per_second") for value in curve[name].to_pylist()
     )
     counts = workspace.counts("model")
-    assert (counts["pairs"], counts["unreadable_pairs_left_out"], counts["samples_seen"]) == (4, 1, 16)
+    assert (counts["pairs"], counts["unreadable_pairs_left_out"], counts["samples_seen"]) == (4, 2, 16)
 
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(workspace.path("model"))
     pipeline.set_progress_bar_config(disable=True)
