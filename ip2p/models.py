@@ -1,4 +1,4 @@
-"""The only place that loads models: Stable Diffusion in the diffusers layout, CLIP by open_clip, a language model."""
+"""The only place that loads models: Stable Diffusion of diffusers, CLIP of open_clip, DINO and language models."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,15 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ip2p.recipe import LOCAL_CLIP, ClipRef, ModelRef, locate
 
@@ -106,6 +114,16 @@ class ClipModel:
     dtype: torch.dtype
 
 
+@dataclass
+class DinoModel:
+    """A vision transformer, and the processor that makes of an image what it was trained with."""
+
+    model: PreTrainedModel
+    processor: Any  # transformers' image processor
+    device: str
+    dtype: torch.dtype
+
+
 def resolve_device(device: str) -> str:
     """`auto` -> `cuda` where there is one, else `cpu`. Raises `ValueError` for a cuda that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -189,6 +207,19 @@ def load_clip(ref: ClipRef, device: str = "auto", key: str = "models.clip") -> C
         device,
         dtype,
     )
+
+
+def load_dino(ref: ModelRef, device: str = "auto", key: str = "models.dino") -> DinoModel:
+    """A vision transformer in eval mode, without gradients."""
+    device, dtype = resolve_device(device), getattr(torch, ref.dtype)
+    model = _load(AutoModel, ref, key, dtype=dtype)
+    if not hasattr(model.config, "patch_size"):
+        raise ValueError(
+            f"{key}.path: {ref.path!r} is a {type(model).__name__}, no vision transformer; use one such as "
+            "facebook/dino-vits16"
+        )
+    model.to(device).eval().requires_grad_(False)
+    return DinoModel(model, _load(AutoImageProcessor, ref, key), device, dtype)
 
 
 def _load(loader: Any, ref: ModelRef, key: str, **arguments: Any) -> Any:

@@ -83,6 +83,11 @@ class Models(Section):
     text_to_image: ModelRef = Field(description="a diffusers StableDiffusionPipeline")
     vae: ModelRef | None = Field(default=None, description="another AutoencoderKL than the pipeline's own")
     clip: ClipRef = Field(description="judges the pairs")
+    dino: ModelRef | None = Field(
+        default=None,
+        description="a vision transformer (DINO) that transformers loads, for jobs.evaluate_benchmark; null: no such "
+        "metric",
+    )
     llm: ModelRef = Field(description="a causal language model that vLLM loads")
     editor: ModelRef = Field(description="the trained editor that is served when a workspace has none")
 

@@ -95,6 +95,7 @@ def fingerprint(recipe: Recipe, workspace: Workspace, names: list[str]) -> str:
     keys = recipe.model_dump(mode="json", include={"seed", "truth", "models", "pairs", "sampling", "evaluate"})
     for how_fast in ("batch_size", "replicas"):
         del keys["evaluate"][how_fast]
+    del keys["models"]["dino"]  # of jobs.evaluate_benchmark
     trained = workspace.counts("model") if workspace.done("model") else None
     return f"{digest(json.dumps([keys, trained, names], sort_keys=True)):016x}"
 

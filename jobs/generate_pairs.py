@@ -61,7 +61,7 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide what becomes of a caption; the others say how fast."""
     keys = recipe.model_dump(mode="json", include={"seed", "models", "pairs"})
-    for other in ("llm", "editor"):
+    for other in ("llm", "editor", "dino"):
         del keys["models"][other]
     for how_fast in ("batch_size", "replicas", "rows_per_block", "keep_rejects"):
         del keys["pairs"][how_fast]

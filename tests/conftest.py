@@ -32,6 +32,12 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a vision transformer as transformers saves it, random weights."""
+    return tiny.make_dino(tmp_path_factory.mktemp("models") / "dino")
+
+
+@pytest.fixture(scope="session")
 def smallest(tiny_sd, tiny_clip) -> Recipe:
     """The real path at its smallest: SD 1.5's layout, random weights, everything accepted that changes at all."""
     ref = ModelRef(path=str(tiny_sd))

@@ -13,7 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 
 TEXT_WIDTH = 32
 LATENT_CHANNELS = 4
@@ -123,6 +123,15 @@ def make_clip(directory: Path, seed: int = 0) -> Path:
     preprocess = {"size": 32, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
     (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     save_file(model.state_dict(), directory / "open_clip_model.safetensors")
+    return directory
+
+
+def make_dino(directory: Path, seed: int = 0) -> Path:
+    """Save a vision transformer as facebook/dino-vits16 is laid out, with its image processor."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(directory)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(directory)
     return directory
 
 
