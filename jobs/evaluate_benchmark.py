@@ -1,0 +1,161 @@
+"""Evaluate editors on a benchmark of the field: parquet files with the columns of MagicBrush or Emu Edit.
+
+benchmark -> benchmark/sessions/ (the turns of an image together) -> BenchmarkScorer (edit, measure) -> benchmark/edits/
+-> benchmark/metrics.parquet, one row for each edit; a table, and a section of report.html. A session with several turns
+is edited twice: each turn on its own source image, and each on the result of the turn before it.
+"""
+
+import json
+import time
+from itertools import count, islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, Field
+from pydantic_settings import CliImplicitFlag
+from rich.console import Console
+from rich.table import Table
+
+from cluster.connect import connect
+from ip2p.cli import load_settings
+from ip2p.evaluate.benchmark_scorer import BenchmarkScorer
+from ip2p.evaluate.benchmark_summary import BenchmarkTable, summarize_benchmark
+from ip2p.evaluate.benchmarks import (
+    BENCHMARK,
+    MULTI,
+    SESSIONS,
+    SINGLE,
+    Layout,
+    benchmark_files,
+    detect,
+    read_sessions,
+)
+from ip2p.evaluate.metrics import Estimate
+from ip2p.evaluate.report import write_report
+from ip2p.recipe import Recipe
+from ip2p.records import digest
+from ip2p.workspace import Workspace
+from jobs.evaluate import chain, check, editors
+
+SESSIONS_PER_FILE = 32  # some MB each
+SESSIONS_PER_TASK = 4  # what a crash can cost
+
+
+class Flags(BaseModel):
+    benchmark: str = Field(
+        description="parquet file or folder with MagicBrush's or Emu Edit's columns, local or s3://…"
+    )
+    overwrite: CliImplicitFlag[bool] = Field(False, description="remove what benchmark/ holds and begin anew")
+
+
+def run(recipe: Recipe, workspace: Workspace, benchmark: str, overwrite: bool = False) -> list[BenchmarkTable]:
+    """Write `benchmark/` and `report.html`. The same call goes on where a killed one stopped.
+
+    Raises `ValueError` when there is no editor, for files that are no benchmark, and when `benchmark/` was begun with
+    another benchmark, model or recipe.
+    """
+    started = time.perf_counter()
+    check(recipe)
+    names = editors(recipe, workspace)
+    source = Workspace(benchmark)
+    files = benchmark_files(source)
+    layout = detect(source, files)
+    workspace.claim("benchmark", decisive(recipe, workspace, names, source, files), overwrite)
+    if workspace.done("benchmark"):
+        print("evaluate_benchmark: done already; --overwrite makes it anew")
+    else:
+        group(workspace, source, files, layout)
+        counts = workspace.counts("benchmark/sessions")
+        print(
+            f"evaluate_benchmark: {counts['turns']} edits of {counts['sessions']} images of {layout.name} by "
+            f"{', '.join(names)} and the unchanged input",
+            flush=True,
+        )
+        connect()
+        modes = (SINGLE, MULTI) if layout.turn else (SINGLE,)
+        arguments = (recipe, workspace, names, modes)
+        chain(
+            recipe, workspace, "benchmark/sessions", "benchmark/edits", "id", BenchmarkScorer, arguments,
+            SESSIONS_PER_TASK,
+        )  # fmt: skip
+        counts |= write_metrics(workspace)
+        workspace.mark_done("benchmark", **counts)
+        seconds = time.perf_counter() - started
+        workspace.record("evaluate_benchmark", recipe=recipe.model_dump(mode="json"), seconds=seconds, **counts)
+    write_report(recipe, workspace)
+    tables = summarize_benchmark(workspace)
+    show(tables)
+    print(f"evaluate_benchmark: {workspace.uri('benchmark/metrics.parquet')} and report.html are written")
+    return tables
+
+
+def decisive(
+    recipe: Recipe, workspace: Workspace, names: list[str], source: Workspace, files: list[str]
+) -> dict[str, Any]:
+    """What decides the results: keys of the recipe, the trained model, and the files of the benchmark."""
+    keys = recipe.model_dump(
+        mode="json", include={"seed": True, "sampling": True, "models": {"clip", "dino", "editor"}}
+    )
+    sizes = [(info.path.removeprefix(source.root), info.size) for info in source.fs.get_file_info(files)]
+    return keys | {
+        "editors": names,
+        "model": workspace.counts("model") if workspace.done("model") else None,
+        "benchmark": {"path": source.location, "files": f"{digest(json.dumps(sizes)):016x}"},
+    }
+
+
+def group(workspace: Workspace, source: Workspace, files: list[str], layout: Layout) -> None:
+    """The benchmark -> benchmark/sessions/, one row for each session: a job reads and checkpoints whole rows."""
+    if workspace.done("benchmark/sessions"):
+        return
+    print(f"evaluate_benchmark: reading {len(files)} files of {source.location}", flush=True)
+    sessions, counts = read_sessions(source, files, layout), {"sessions": 0, "turns": 0}
+    for part in count():
+        rows = list(islice(sessions, SESSIONS_PER_FILE))
+        if not rows:
+            break
+        with workspace.open_out("benchmark/sessions", f"part-{part:05d}.parquet") as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SESSIONS), file)
+        counts["sessions"] += len(rows)
+        counts["turns"] += sum(len(row["turns"]) for row in rows)
+    if not counts["sessions"]:
+        raise ValueError(f"benchmark: the files of {source.location!r} have no rows")
+    workspace.mark_done("benchmark/sessions", **counts)
+
+
+def write_metrics(workspace: Workspace) -> dict[str, int]:
+    """benchmark/edits/ -> benchmark/metrics.parquet, one row for each edit, without images; returns the counts."""
+    sessions = workspace.read_table("benchmark", "edits", columns=["id", "edits"]).to_pylist()
+    assert len(sessions) == workspace.counts("benchmark/sessions")["sessions"], "a session was lost or doubled"
+    rows = [{"id": session["id"]} | edit for session in sessions for edit in session["edits"]]
+    rows.sort(key=lambda row: (row["model"], row["mode"], row["id"], row["turn"] or 0))
+    with workspace.open_out("benchmark", "metrics.parquet", "part-0.parquet") as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=BENCHMARK), file)
+    return {"edits": len(rows), "failed": sum(row["status"] != "ok" for row in rows)}
+
+
+def show(tables: list[BenchmarkTable]) -> None:
+    for found in tables:
+        table = Table("mean (95% interval)", *found.models, title=found.title)
+        for name, means in found.means.items():
+            table.add_row(name, *map(interval, means))
+        table.add_row("edits", *map(str, found.edits))
+        if any(found.failed):
+            table.add_row("failed", *map(str, found.failed))
+        Console().print(table)
+
+
+def interval(mean: Estimate) -> str:
+    return f"{mean.mean:.3f} ({mean.low:.3f}–{mean.high:.3f})" if mean.count else "–"
+
+
+def main(argv: list[str] | None = None) -> None:
+    needs = ("workspace", "models.clip", "models.dino")
+    recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
+    assert workspace is not None
+    run(recipe, workspace, flags.benchmark, flags.overwrite)
+
+
+if __name__ == "__main__":
+    main()
