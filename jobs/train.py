@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -278,16 +277,20 @@ def local_latents(workspace: Workspace) -> tuple[Path, dict[str, Path]]:
 
 
 def validation_rows(recipe: Recipe, workspace: Workspace) -> list[dict[str, Any]]:
-    """The first held-out pairs that can be read, to be looked at; none where the dataset has no such folder."""
+    """The first held-out pairs that can be read, each with another instruction; none where there is no such folder."""
     source, paths = dataset_files(recipe, workspace)
     held_out = [path for path in paths if path.split("/")[-2] == "validation"]
     if not held_out or not recipe.train.pictures:
         return []
     file = pq.ParquetFile(source.fs.open_input_file(held_out[0]))
-    rows = (
-        row for rows in file.iter_batches(recipe.train.pictures, columns=list(REQUIRED)) for row in rows.to_pylist()
-    )
-    return list(islice(filter(is_readable, rows), recipe.train.pictures))
+    chosen: dict[str, dict[str, Any]] = {}
+    for batch in file.iter_batches(recipe.train.pictures, columns=list(REQUIRED)):
+        for row in batch.to_pylist():
+            if row["edit_prompt"] not in chosen and is_readable(row):
+                chosen[row["edit_prompt"]] = row
+        if len(chosen) >= recipe.train.pictures:
+            break
+    return list(chosen.values())[: recipe.train.pictures]
 
 
 def load_checkpoint(checkpoint: ray.train.Checkpoint | None, device: str) -> tuple[dict[str, Any] | None, list[dict]]:
