@@ -29,7 +29,8 @@ from ip2p.workspace import Workspace
 
 # What jobs do not need of the repository; .gitignore leaves out more. Packages are the image's: nothing is installed.
 EXCLUDES = ["/.git", "/.ci", "/.venv", "/tests", "/docs", "/benchmarks", "/requirements", "/cluster/kuberay"]
-NO_JOBS = {"__init__", "plan"}
+MODULES = {file.stem: f"jobs.{file.stem}" for file in sorted((REPOSITORY / "jobs").glob("[!_]*.py"))}
+MODULES |= {"preflight": "cluster.preflight", "prefetch": "cluster.prefetch"}
 PATIENCE = 300.0  # seconds that the server may be unreachable while a job is followed
 INTERRUPTED = 130
 
@@ -50,9 +51,8 @@ class Submission:
 
 def submission(job: str, recipe: Path, workspace: str, flags: Sequence[str]) -> Submission:
     """Raises `ValueError` for what could not run on another machine, naming the flag."""
-    jobs = sorted({file.stem for file in (REPOSITORY / "jobs").glob("*.py")} - NO_JOBS)
-    if job not in jobs:
-        raise ValueError(f"--job {job}: there is no such job; there are {', '.join(jobs)}")
+    if job not in MODULES:
+        raise ValueError(f"--job {job}: there is no such job; there are {', '.join(MODULES)}")
     read_recipe(recipe)
     file = recipe.resolve() if recipe.is_file() else REPOSITORY / recipe
     if not file.is_relative_to(REPOSITORY):
@@ -64,7 +64,7 @@ def submission(job: str, recipe: Path, workspace: str, flags: Sequence[str]) -> 
         )
     place = Workspace(workspace).uri()
     sent = file.relative_to(REPOSITORY)
-    command = ["python", "-m", f"jobs.{job}", "--recipe", str(sent), "--workspace", workspace, *flags]
+    command = ["python", "-m", MODULES[job], "--recipe", str(sent), "--workspace", workspace, *flags]
     return Submission(
         key=f"{job}-{sent.stem}-{digest(place):016x}"[:200],
         entrypoint=shlex.join(command),
@@ -180,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
         "python -m cluster.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    arguments.add_argument("--job", required=True, help="a file of jobs/, e.g. generate_pairs")
+    arguments.add_argument("--job", required=True, help="a file of jobs/, e.g. generate_pairs; or preflight, prefetch")
     arguments.add_argument("--recipe", required=True, type=Path, help="recipe file, in the repository")
     arguments.add_argument("--workspace", required=True, help="s3://..., gs://..., or a folder that machines share")
     arguments.add_argument("--address", help="of Ray's Jobs server, e.g. http://localhost:8265")
