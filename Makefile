@@ -11,7 +11,7 @@ BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo reproduce serve test test-slow test-gpu requirements clean
+.PHONY: help setup demo reproduce serve submit test test-slow test-gpu requirements sbom clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ reproduce: $(DONE) ## the same at the size where the ablations mean something (h
 serve: $(DONE) ## the endpoint, on the workspace's editor or the shipped one
 	$(BIN)/python -m serve.app --recipe recipes/miniature.yaml --workspace $(WORKSPACE) --port $(PORT) $(ARGS)
 
+submit: $(DONE) ## JOB=train RECIPE=… WORKSPACE=s3://…: run a job on a Ray cluster, follow its log
+	@$(BIN)/python -m cluster.submit --job $(JOB) --recipe $(RECIPE) --workspace $(WORKSPACE) $(ARGS)
+
 test: $(DONE) ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,6 +57,11 @@ COMPILE := $(BIN)/uv pip compile --python-version 3.11 --override requirements/o
 requirements: $(DONE) ## compile requirements/*.txt anew from the .in files
 	$(COMPILE) requirements/cpu.in -o requirements/cpu.txt --upgrade
 	$(COMPILE) requirements/gpu.in -o requirements/gpu.txt --upgrade
+
+SBOM := requirements/cpu.txt requirements/gpu.txt
+sbom: $(DONE) ## bills of materials of the pinned packages (CycloneDX): sbom-cpu.json, sbom-gpu.json
+	$(foreach pins,$(SBOM),$(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py requirements $(pins) \
+	    --pyproject pyproject.toml --output-reproducible -o sbom-$(basename $(notdir $(pins))).json &&) true
 
 clean: ## remove the environment and the caches; workspaces stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info build dist

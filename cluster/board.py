@@ -1,6 +1,10 @@
-"""TensorBoard events of a run, in its workspace: `tensorboard --logdir WORKSPACE/tensorboard`."""
+"""Training as it goes: Ray metrics, and TensorBoard events in its workspace.
+
+tensorboard --logdir WORKSPACE/tensorboard
+"""
 
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +12,14 @@ import numpy as np
 import pyarrow.fs as pafs
 from tensorboardX import SummaryWriter
 
+from cluster.progress import show
 from ip2p.workspace import Workspace
 
 
 class Board:
     """Writes to this machine and copies to the workspace, which may be a bucket, when told to.
+
+    The last of all scalars are also the Ray metrics `ip2p_train_<name>`.
 
     Args:
         name: of the run; one that goes on writes a further file into the same folder.
@@ -23,17 +30,20 @@ class Board:
         self.workspace, self.name = workspace, name
         self._folder = tempfile.TemporaryDirectory()
         self._writer = SummaryWriter(self._folder.name, purge_step=first_step)
+        self._safe()
 
     def scalars(self, values: Mapping[str, Any], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        show("train", {"step": step, **values})
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """`image` is uint8 (H, W, 3)."""
         self._writer.add_image(name, image, step, dataformats="HWC")
 
     def publish(self) -> None:
-        """Let the workspace have all that was written so far."""
+        """Let the workspace have all that was written so far; called at every checkpoint."""
+        self._safe()
         self._writer.flush()
         self.workspace.fs.create_dir(self.workspace.path("tensorboard", self.name), recursive=True)
         pafs.copy_files(
@@ -41,3 +51,7 @@ class Board:
             self.workspace.path("tensorboard", self.name),
             destination_filesystem=self.workspace.fs,
         )
+
+    def _safe(self) -> None:
+        """What was done until now a crash would not cost: it is in a checkpoint, or nothing is done yet."""
+        show("train", {"checkpoint_timestamp_seconds": time.time()})

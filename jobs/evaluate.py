@@ -15,6 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
 from cluster.connect import connect, uses_gpu
+from cluster.job import job
 from cluster.progress import Counted, Tally, time_left
 from ip2p.cli import load_settings
 from ip2p.evaluate.editors import available
@@ -176,7 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     needs = ("workspace", "models.text_to_image", "models.clip")
     recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=needs)
     assert workspace is not None
-    run(recipe, workspace)
+    with job("evaluate", workspace):
+        run(recipe, workspace)
 
 
 if __name__ == "__main__":

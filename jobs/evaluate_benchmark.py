@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.connect import connect
+from cluster.job import job
 from ip2p.cli import load_settings
 from ip2p.evaluate.benchmark_scorer import BenchmarkScorer
 from ip2p.evaluate.benchmark_summary import BenchmarkTable, summarize_benchmark
@@ -154,7 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     needs = ("workspace", "models.clip", "models.dino")
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
-    run(recipe, workspace, flags.benchmark, flags.overwrite)
+    with job("evaluate_benchmark", workspace):
+        run(recipe, workspace, flags.benchmark, flags.overwrite)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cluster.connect import connect
+from cluster.job import job
 from ip2p.cli import load_settings
 from ip2p.pairs.export import SPLITS, explode, with_features
 from ip2p.recipe import Recipe
@@ -102,7 +103,8 @@ def show(counts: dict[str, int]) -> str:
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, _ = load_settings(__doc__ or "", argv=argv)
     assert workspace is not None
-    run(recipe, workspace)
+    with job("export_dataset", workspace):
+        run(recipe, workspace)
 
 
 if __name__ == "__main__":

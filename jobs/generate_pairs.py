@@ -18,6 +18,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from cluster.connect import connect, uses_gpu
 from cluster.guard import Guarded, Ledger, retries
+from cluster.job import job
 from cluster.progress import Counted, Tally, time_left
 from ip2p.cli import load_settings
 from ip2p.pairs.funnel import COLUMNS, funnel, show
@@ -155,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     needs = ("workspace", "models.text_to_image", "models.clip")
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
-    run(recipe, workspace, flags.overwrite)
+    with job("generate_pairs", workspace):
+        run(recipe, workspace, flags.overwrite)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from pydantic import BaseModel, Field
 from pydantic_settings import CliImplicitFlag
 
+from cluster.job import mistakes_told
 from ip2p.cli import load_settings
 from ip2p.pairs.export import dataset_card
 from ip2p.recipe import Recipe
@@ -72,7 +73,8 @@ def send(recipe: Recipe, workspace: Workspace, stage: str, repository: str, priv
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv)
     assert workspace is not None
-    run(recipe, workspace, flags)
+    with mistakes_told():
+        run(recipe, workspace, flags)
 
 
 if __name__ == "__main__":

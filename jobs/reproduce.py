@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.connect import connect
+from cluster.job import job
 from ip2p.cli import load_settings
 from ip2p.evaluate.metrics import Estimate
 from ip2p.evaluate.report import duration, percent, points
@@ -95,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     needs = ("workspace", "captions", "models.text_to_image", "models.clip", "models.llm")
     recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=needs)
     assert workspace is not None
-    run(recipe, workspace)
+    with job("reproduce", workspace):
+        run(recipe, workspace)
 
 
 if __name__ == "__main__":

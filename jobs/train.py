@@ -24,6 +24,7 @@ from ray.train.torch import TorchTrainer, get_device
 
 from cluster.board import Board
 from cluster.connect import connect, uses_gpu
+from cluster.job import job
 from ip2p.cli import load_settings
 from ip2p.evaluate.pictures import contact_sheet, is_readable
 from ip2p.models import TextToImage, load_text_to_image
@@ -357,7 +358,8 @@ def write_model(recipe: Recipe, workspace: Workspace, checkpoint: ray.train.Chec
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=("workspace", "models.text_to_image"))
     assert workspace is not None
-    run(recipe, workspace)
+    with job("train", workspace):
+        run(recipe, workspace)
 
 
 if __name__ == "__main__":

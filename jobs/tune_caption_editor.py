@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer
 from transformers import TrainerCallback
 
 from cluster.connect import connect, uses_gpu
+from cluster.job import job
 from ip2p.captions.answers import names_type
 from ip2p.captions.triplets import TRIPLETS, Triplet, read_triplets
 from ip2p.captions.tune import export, make_trainer, split, usable
@@ -139,7 +140,8 @@ class Line(TrainerCallback):
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=("workspace", "models.llm"))
     assert workspace is not None
-    run(recipe, workspace)
+    with job("tune_caption_editor", workspace):
+        run(recipe, workspace)
 
 
 if __name__ == "__main__":
