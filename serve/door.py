@@ -31,18 +31,20 @@ class Door:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
+        path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
+
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.count(scope["path"], message["status"])
+                self.count(path, message["status"])
             await send(message)
 
         held = 0
         try:
             headers = Headers(scope=scope)
-            if scope["path"] not in OPEN_PATHS:
+            if path not in OPEN_PATHS:
                 scope["client_of_key"] = self._let_in(scope, headers)
             if scope["method"] not in ("GET", "HEAD"):
-                held = self._room_for(scope, headers)
+                held = self._room_for(CONTENT_TYPES.get(path), headers)
                 body = await self._read(receive)
                 receive = _replay(body, receive)
             await self.app(scope, receive, counted)
@@ -61,9 +63,8 @@ class Door:
             client.charge(1)
         return client
 
-    def _room_for(self, scope: Scope, headers: Headers) -> int:
+    def _room_for(self, wanted: str | None, headers: Headers) -> int:
         """Bytes that the body may have, which are held until it has been answered."""
-        wanted = CONTENT_TYPES.get(scope["path"])
         given = headers.get("content-type", "").partition(";")[0].strip().lower()
         if wanted and given != wanted:
             raise RefusedError(f"content-type {given[:80]!r}: send {wanted}", 415, param="content-type")
