@@ -127,10 +127,16 @@ class Front:
     def main_version(self) -> str:
         return next(iter(self.engines))
 
-    async def describe(self, version: str) -> Description:
-        """Waits for an engine only the first time."""
-        if version not in self._described:
-            self._described[version] = await self.engines[version].describe.remote()
+    async def describe(self, version: str, deadline: float) -> Description:
+        """Waits for an engine the first time only. Raises `RefusedError` when none is up by the deadline."""
+        attempt = 0
+        while version not in self._described:
+            response = self.engines[version].describe.remote()
+            try:
+                self._described[version] = await self._answer(response, response, deadline, "deadline_s")
+            except TRANSIENT as error:
+                await self._again(version, attempt, error)
+                attempt += 1
         return self._described[version]
 
     # ---- admission

@@ -206,7 +206,7 @@ def _add_edits(api: FastAPI, front: Front, longest_edit: float) -> None:
         version = front.choose(x_model_version, form.model)
         deadline = time.monotonic() + (form.deadline_s or longest_edit)
         until_answered.enter_context(front.places(request.scope["client_of_key"], len(files) * form.n))
-        described = await front.describe(version)
+        described = await front.describe(version, deadline)
         works: list[tuple[EditRequest, Source, tuple[int, int]]] = []
         for file in files:
             source = await _source(front, await file.read(), form.output_format)
@@ -255,7 +255,7 @@ def _add_edits(api: FastAPI, front: Front, longest_edit: float) -> None:
         version = front.choose(x_model_version, asked.model)
         deadline = time.monotonic() + (asked.deadline_s or longest_edit)
         until_answered.enter_context(front.places(request.scope["client_of_key"], len(asked.edits)))
-        described = await front.describe(version)
+        described = await front.describe(version, deadline)
         source = await _source(front, _from_base64(asked.image), asked.output_format)
         fitted = await front.in_thread(images.fit, source.rgb, described.max_side, described.multiple)
         works = [front.complete(one, one.instruction, fitted) for one in asked.edits]
