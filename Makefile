@@ -34,7 +34,7 @@ reproduce: $(DONE) ## the same at the size where the ablations mean something (h
 	$(BIN)/python -m jobs.reproduce --recipe recipes/miniature_full.yaml --workspace $(WORKSPACE) $(ARGS)
 
 serve: $(DONE) ## the endpoint, on the workspace's editor or the shipped one
-	$(BIN)/python -m serve.app --recipe recipes/miniature.yaml --workspace $(WORKSPACE) --port $(PORT) $(ARGS)
+	$(BIN)/python -m serve.app --recipe recipes/miniature.yaml --workspace $(WORKSPACE) --open --port $(PORT) $(ARGS)
 
 submit: $(DONE) ## JOB=train RECIPE=… WORKSPACE=s3://…: run a job on a Ray cluster, follow its log
 	@$(BIN)/python -m cluster.submit --job $(JOB) --recipe $(RECIPE) --workspace $(WORKSPACE) $(ARGS)

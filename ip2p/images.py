@@ -1,10 +1,12 @@
 """Images: bytes <-> uint8 (H, W, 3) in [0, 255] <-> float (B, 3, H, W) in [-1, 1]. The only decoder of untrusted bytes.
 
 `decode` gives what a viewer shows: turned as EXIF says, transparency over white, 8-bit sRGB. An editor that should
-keep transparency reads it with `decode_alpha` and puts it back with `encode(image, alpha=...)`.
+keep transparency reads it with `decode_with_alpha` and puts it back with `encode(image, alpha=...)`. Datasets are read
+as leniently as can be; `inspect` is for a service, which refuses what it would have to change silently.
 """
 
 import io
+import struct
 
 import numpy as np
 import torch
@@ -15,6 +17,14 @@ MAX_PIXELS = 64_000_000
 """Larger images are refused before a pixel is decoded: about 200 MB of RGB."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")
+UPLOADS = ("PNG", "JPEG", "WEBP", "MPO")
+# Marks in the tail of a JPEG: a file that is two things at once.
+FOREIGN = {
+    "an archive": (b"pk\x03\x04", b"pk\x05\x06", b"rar!\x1a", b"7z\xbc\xaf\x27\x1c"),
+    "a document": (b"%pdf-",),
+    "a web page or a script": (b"<script", b"<html", b"<!doctype", b"<?php", b"#!/"),
+    "a program": (b"\x7felf\x02", b"this program cannot be run"),
+}
 WHITE = 255.0
 
 
@@ -23,20 +33,46 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Raises `ValueError` that says what is wrong with the bytes and what to send instead.
     """
-    picture = _open(data, max_pixels)
-    if not picture.has_transparency_data:
-        return np.array(_srgb(picture))
-    alpha = _alpha(picture).astype(np.float32)[..., None] / 255
-    return np.round(np.asarray(_srgb(picture)) * alpha + WHITE * (1 - alpha)).astype(np.uint8)
+    return decode_with_alpha(data, max_pixels)[0]
 
 
 def decode_alpha(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
     """Bytes of a picture -> its opacity, uint8 (H, W), upright; None when it is opaque. Raises as `decode` does."""
+    return decode_with_alpha(data, max_pixels)[1]
+
+
+def decode_with_alpha(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `decode` and `decode_alpha` give, decoded once."""
     picture = _open(data, max_pixels)
+    rgb = np.array(_srgb(picture))
     if not picture.has_transparency_data:
-        return None
+        return rgb, None
     alpha = _alpha(picture)
-    return None if alpha.min() == 255 else alpha
+    if alpha.min() == 255:
+        return rgb, None
+    for band in range(0, len(rgb), 256):  # floats of a whole photo would be eight times its size
+        rows = slice(band, band + 256)
+        opacity = alpha[rows, :, None].astype(np.float32) / 255
+        rgb[rows] = np.round(rgb[rows] * opacity + WHITE * (1 - opacity))
+    return rgb, alpha
+
+
+def inspect(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """(height, width) as stored, read from the header alone: no pixel is decoded.
+
+    Raises `ValueError`, telling what to send instead, for what is no PNG, JPEG or WebP of 8 bits a channel in grey or
+    RGB: too many pixels, animations, CMYK, 16 bits, and files that go on as something else.
+    """
+    picture = _header(data, max_pixels, UPLOADS)
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # of a phone: a photo and its thumbnails
+        raise ValueError("the image is animated: send one frame of it")
+    if picture.mode == "CMYK":
+        raise ValueError("the image is CMYK, for print: save it as RGB and send that")
+    if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and data[24:25] == b"\x10"):
+        raise ValueError("the image has 16 bits a channel: save it with 8 bits and send that")
+    if foreign := _goes_on(data, picture.format or ""):
+        raise ValueError(f"the file goes on after the image ends ({foreign}): save the image anew and send that")
+    return picture.height, picture.width
 
 
 def encode(image: np.ndarray, format: str = "png", alpha: np.ndarray | None = None) -> bytes:
@@ -84,12 +120,12 @@ def fit(image: np.ndarray, max_side: int, multiple: int) -> np.ndarray:
     return resize(image, height, width)
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The first frame, decoded and upright, 8 bits a channel in whatever colour space it has."""
+def _header(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
+    """Opened, not decoded."""
     if not data:
         raise ValueError("the image is empty (0 bytes): send the bytes of a PNG, JPEG or WebP file")
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ValueError(f"the image has more than {max_pixels} pixels: send a smaller version of it") from error
     except Exception as error:  # whatever a decoder makes of hostile bytes
@@ -97,12 +133,34 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     width, height = picture.size
     if width * height > max_pixels:
         raise ValueError(f"the image is {width}x{height}, more than {max_pixels} pixels: send a smaller version of it")
+    if width * height == 0:
+        raise ValueError(f"the image is {width}x{height}, it has no pixels: send a larger one")
+    return picture
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The first frame, decoded and upright, 8 bits a channel in whatever colour space it has."""
+    picture = _header(data, max_pixels, FORMATS)
     try:
         picture.load()
         upright = ImageOps.exif_transpose(picture)
     except Exception as error:
         raise ValueError(f"the image is damaged or cut short ({error}): send the whole file again") from error
     return _eight_bits(upright) if upright.mode.startswith(("I", "F")) else upright
+
+
+def _goes_on(data: bytes, format: str) -> str:
+    """What follows the end of the image; "" where nothing does, or what cameras append to a JPEG."""
+    if format == "WEBP":
+        end = 8 + struct.unpack("<I", data[4:8])[0]
+    elif format == "PNG":
+        end = data.rfind(b"IEND") + 8
+    else:
+        # Phones append films and notes to their JPEGs; what another program would run or unpack is another thing.
+        tail = data[data.find(b"\xff\xd9") + 2 :].lower()
+        return next((name for name, marks in FOREIGN.items() if any(mark in tail for mark in marks)), "")
+    rest = len(data) - end - (end % 2 if format == "WEBP" else 0)
+    return f"{rest} bytes" if rest > 0 else ""
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

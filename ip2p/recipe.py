@@ -8,7 +8,7 @@ value and what is allowed.
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -30,10 +30,11 @@ def _read_flag(value: object) -> object:
         return value
 
 
-Range = Annotated[
-    tuple[float, float],
-    AfterValidator(lambda r: r if r[0] <= r[1] else _refuse(f"a range is (low, high) with low <= high, not {r}")),
-]
+def _rising(bounds: Any) -> Any:
+    return bounds if bounds[0] <= bounds[1] else _refuse(f"a range is (low, high) with low <= high, not {bounds}")
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_rising)]
 Pixels = Annotated[
     int,
     Field(gt=0),
@@ -495,6 +496,32 @@ class Evaluate(Section):
     replicas: Positive = Field(default=1, description="Editor actors")
 
 
+class Canary(Section):
+    """A second editor that gets a share of the edits, to be watched before it is served to all."""
+
+    version: str = Field(description="as serve.version")
+    share: Fraction = Field(default=0.1, description="of the edits that name no model")
+
+
+class Serve(Section):
+    """The endpoint. Limits hold for each ingress."""
+
+    version: str | None = Field(
+        default=None,
+        description="which editor: workspace (its model/), shipped, or a folder of the workspace's versions/; null: "
+        "the workspace's where it has been trained, else the shipped one",
+    )
+    canary: Canary | None = Field(default=None, description="a second version; also chosen by x-model-version")
+    replicas: Annotated[tuple[Annotated[int, Field(ge=0)], Positive], AfterValidator(_rising)] = Field(
+        default=(1, 1), description="fewest and most engines; fewest 0: none while nobody asks"
+    )
+    ingresses: Positive = Field(default=1, description="processes that read requests and ask the engines")
+    batch_size: Positive = Field(default=8, description="edits in one UNet call")
+    queue: Positive = Field(default=128, description="edits that wait or are on their way; more are answered with 429")
+    max_pixels: Positive = Field(default=25_000_000, description="larger images are refused before they are decoded")
+    upload_s: Annotated[float, Field(gt=0)] = Field(default=30, description="seconds that a request may take to arrive")
+
+
 class Recipe(Section):
     """One experiment."""
 
@@ -513,6 +540,7 @@ class Recipe(Section):
     train: Train = Train()
     sampling: Sampling = Sampling()
     evaluate: Evaluate = Evaluate()
+    serve: Serve = Serve()
 
 
 def locate(path: str, key: str = "path") -> str:

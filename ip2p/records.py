@@ -80,6 +80,26 @@ DATASET = pa.schema(
     }
 )
 
+# What people thought of edits that were served: feedback/. Image ids are hashes of pixels.
+FEEDBACK = pa.schema(
+    {
+        "edit_id": pa.string(),
+        "source_id": pa.string(),
+        "result_id": pa.string(),
+        "instruction": pa.string(),
+        "negative_prompt": pa.string(),
+        "guidance_scale": pa.float32(),
+        "image_guidance_scale": pa.float32(),
+        "steps": pa.int32(),
+        "seed": pa.int64(),
+        "solver": pa.string(),
+        "model": pa.string(),
+        "choice": pa.string(),  # up or down
+        "comment": pa.string(),
+        "time": pa.timestamp("ms", tz="UTC"),
+    }
+)
+
 
 def digest(*parts: str | int) -> int:
     """A stable 63-bit hash of `parts`: the same on every machine and in every process."""

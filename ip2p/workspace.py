@@ -1,7 +1,7 @@
 """A workspace: the folder, local or in a bucket, that holds everything one run makes.
 
     captions/ instructions/ pairs/ dataset/{train,validation,test}/ latents/ model/ evaluation/ benchmark/ checkpoints/
-    made_with/ run.json report.html
+    made_with/ run.json report.html versions/ feedback/
 
 A stage is done when its folder holds `_SUCCESS`; `made_with/` says what a stage was begun with, so that another recipe
 does not go on with it; `run.json` tells how the workspace came to be.

@@ -1,188 +1,163 @@
-"""The editor behind HTTP on Ray Serve: POST /v1/images/edits, GET /healthz, and a page to try it at /.
+"""The editor behind HTTP on Ray Serve: POST /v1/images/edits as OpenAI's, POST /v1/edits, and a page to try it at /.
 
-Serves the editor of --workspace when it has one, else the recipe's shipped editor.
+An ingress (no model) reads requests and asks engines, which keep one UNet full with everybody's edits.
+Serves the editor of --workspace when it has one, else the recipe's shipped editor. Clients need a key of --keys, unless
+--open says that this machine alone is served.
 """
 
 import asyncio
-import base64
-import secrets
+import hashlib
+import ipaddress
 import sys
 import time
-from pathlib import Path
-from typing import Annotated
+from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import ray
-from fastapi import FastAPI, Form, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pyarrow.fs import FileSelector, FileType
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import CliImplicitFlag
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig, HTTPOptions
-from starlette.exceptions import HTTPException
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.util.metrics import Gauge
 
 from cluster.connect import connect
-from ip2p import images
 from ip2p.cli import load_settings, read_recipe
-from ip2p.diffusion.solvers import plan
 from ip2p.edit.editor import Editor, EditRequest
-from ip2p.evaluate.editors import available, load_editor
+from ip2p.evaluate.editors import available, load_editor, version_folder
 from ip2p.evaluate.sweep import SHIPPED
 from ip2p.recipe import Recipe, locate
 from ip2p.workspace import Workspace
-from serve.schema import (
-    MAX_IMAGE_BYTES,
-    Defaults,
-    EditedImage,
-    EditForm,
-    EditResponse,
-    ErrorResponse,
-    Health,
-    Problem,
-)
+from serve.batcher import Batcher, Job
+from serve.feedback import signing_secret
+from serve.front import Description, Front, Made, Moved
+from serve.keys import Clients, Key, read_keys
+from serve.routes import make_api
 
-PAGE = Path(__file__).with_name("page.html")
-BATCH_SIZE = 8  # edits in one UNet call
-ONGOING, QUEUED = 16, 64  # requests at the replica, and waiting for it
 LONGEST_EDIT = 120  # seconds that a replica may finish its edits in when it is asked to stop
-
-api = FastAPI(title="ip2p", summary="Edit images by written instructions", docs_url="/docs")
-
-
-class BadRequestError(Exception):
-    """Something in the request is wrong: what, and in which field."""
-
-    def __init__(self, message: str, param: str | None, status: int = 400):
-        super().__init__(message)
-        self.problem, self.status = Problem(message=message, param=param), status
-
-
-@api.exception_handler(BadRequestError)
-async def _bad_request(_: Request, error: BadRequestError) -> JSONResponse:
-    return JSONResponse(ErrorResponse(error=error.problem).model_dump(), status_code=error.status)
-
-
-@api.exception_handler(RequestValidationError)
-async def _bad_fields(_: Request, error: RequestValidationError) -> JSONResponse:
-    """One line for every field that is wrong; without the input itself, which may be a whole file."""
-    problems = [(str(problem["loc"][-1]), problem["msg"]) for problem in error.errors()]
-    message = "; ".join(f"{field}: {text}" for field, text in problems)
-    return JSONResponse(
-        ErrorResponse(error=Problem(message=message, param=problems[0][0])).model_dump(), status_code=400
-    )
-
-
-@api.exception_handler(HTTPException)
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    message = (
-        f"{request.method} {request.url.path}: {error.detail}; there are POST /v1/images/edits, GET /healthz and /docs"
-    )
-    return JSONResponse(ErrorResponse(error=Problem(message=message)).model_dump(), error.status_code, error.headers)
+REQUESTS = 4096  # at an ingress: far more than edits, so that it can answer that there are too many
 
 
 @serve.deployment(
-    max_ongoing_requests=ONGOING,
-    max_queued_requests=QUEUED,
+    ray_actor_options={"num_cpus": 0.1},
+    max_ongoing_requests=REQUESTS,
+    max_queued_requests=REQUESTS,
     backpressure_config=BackpressureConfig(status_code=429, retry_after_s=2),
-    graceful_shutdown_timeout_s=LONGEST_EDIT,
+    graceful_shutdown_timeout_s=LONGEST_EDIT + 30,
+    max_surge_percent=25,
 )
-@serve.ingress(api)
+@serve.ingress()
+class EditIngress:
+    """Keys, limits, pictures, and edits begun anew when their engine dies: all but the model."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        workspace: Workspace | None,
+        engines: dict[str, Any],
+        keys: list[Key] | None,
+        secret: bytes,
+    ):
+        shares = dict.fromkeys(engines, 1.0)
+        if canary := recipe.serve.canary:
+            main = next(iter(engines))
+            shares = {main: 1 - canary.share, canary.version: canary.share}
+        self.front = Front(recipe, workspace, engines, shares, secret)
+        self.clients = Clients(keys, recipe.serve.ingresses)
+
+    def __serve_build_asgi_app__(self):
+        return make_api(self.front, self.clients, LONGEST_EDIT)
+
+
+@serve.deployment(
+    graceful_shutdown_timeout_s=LONGEST_EDIT,
+    health_check_period_s=5,
+    max_surge_percent=25,
+)
 class EditService:
-    """Holds the editor; requests that wait together are denoised together, whatever their scales and steps."""
+    """One editor, warm when it is up. `label` tells one state of a version from another."""
 
-    def __init__(self, recipe: Recipe, workspace: Workspace | None):
-        self.sampling = recipe.sampling
-        self.name = available(workspace)[0]
-        self.editor = Editor(load_editor(recipe, workspace, self.name), BATCH_SIZE, recipe.sampling.max_side)
+    def __init__(self, recipe: Recipe, workspace: Workspace | None, version: str, label: str):
+        settings = recipe.serve
+        self.editor = Editor(load_editor(recipe, workspace, version), settings.batch_size, recipe.sampling.max_side)
         warm_up = np.zeros((self.editor.max_side, self.editor.max_side, 3), np.uint8)
-        self.editor.edit([EditRequest(warm_up, "warm up", steps=1, solver=recipe.sampling.solver)])
-
-    @api.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page(self) -> str:
-        return PAGE.read_text()
-
-    @api.get("/healthz")
-    async def healthz(self) -> Health:
-        """Answers once the model is loaded and warm."""
-        return Health(model=self.name)
-
-    @api.get("/v1/defaults")
-    async def defaults(self) -> Defaults:
-        """The values of fields that a request leaves out."""
-        sampling = self.sampling
-        return Defaults(
-            model=self.name,
-            guidance_scale=sampling.guidance_scale,
-            image_guidance_scale=sampling.image_guidance_scale,
-            num_inference_steps=sampling.steps,
-        )
-
-    @api.post(
-        "/v1/images/edits",
-        response_model=EditResponse,
-        responses={
-            200: {"content": {"image/png": {}}},
-            400: {"model": ErrorResponse},
-            413: {"model": ErrorResponse},
-            429: {"description": "too many requests are waiting; try again after Retry-After seconds"},
-        },
-    )
-    async def edit(self, form: Annotated[EditForm, Form(media_type="multipart/form-data")]):
-        """Edit an image as the prompt says. The result has the image's size, is upright, and keeps its transparency."""
-        if (form.image.size or 0) > MAX_IMAGE_BYTES:
-            message = f"image: {form.image.size} bytes, more than {MAX_IMAGE_BYTES}: send a smaller file"
-            raise BadRequestError(message, "image", status=413)
-        data = await form.image.read()
-        try:
-            # Decoding a large photo takes long enough to keep other requests waiting.
-            image = await asyncio.to_thread(images.decode, data)
-            alpha = await asyncio.to_thread(images.decode_alpha, data)
-        except ValueError as error:
-            raise BadRequestError(f"image: {error}", "image") from error
-        wanted = self.complete(form, image)
-        result = await self.edit_together(wanted)
-        png = await asyncio.to_thread(images.encode, result, "png", alpha)
-        made_by = {
-            "seed": wanted.seed,
-            "guidance_scale": wanted.guidance_scale,
-            "image_guidance_scale": wanted.image_guidance_scale,
-            "num_inference_steps": wanted.steps,
+        for edits in (1, settings.batch_size):
+            self.editor.edit([EditRequest(warm_up, "warm up", steps=1, solver=recipe.sampling.solver)] * edits)
+        self.description = Description(label, self.editor.max_side, self.editor.multiple)
+        self.batcher = Batcher(self.editor)
+        self.gauges = {
+            what: Gauge(f"ip2p_serve_{what}", f"edits {what} at an engine", ("version",))
+            for what in ("running", "waiting")
         }
-        if form.response_format == "png":
-            headers = {f"x-{name.replace('_', '-')}": str(value) for name, value in made_by.items()}
-            return Response(png, media_type="image/png", headers=headers)
-        edited = EditedImage(b64_json=base64.b64encode(png).decode())
-        return EditResponse(created=int(time.time()), data=[edited], **made_by)
 
-    def complete(self, form: EditForm, image: np.ndarray) -> EditRequest:
-        """The request with the recipe's values where the form has none. Raises `BadRequestError`."""
-        sampling = self.sampling
-        steps = form.num_inference_steps or sampling.steps
-        try:
-            plan(self.editor.schedule, sampling.solver, steps)
-        except ValueError as error:
-            raise BadRequestError(str(error), "num_inference_steps") from error
-        s_text, s_image = form.guidance_scale, form.image_guidance_scale
-        return EditRequest(
-            image=image,
-            instruction=form.prompt,
-            guidance_scale=sampling.guidance_scale if s_text is None else s_text,
-            image_guidance_scale=sampling.image_guidance_scale if s_image is None else s_image,
-            steps=steps,
-            seed=secrets.randbelow(2**31) if form.seed is None else form.seed,
-            solver=sampling.solver,
+    def check_health(self) -> None:
+        """Serve replaces an engine that fails this."""
+        self.batcher.check()
+        for what, gauge in self.gauges.items():
+            gauge.set(getattr(self.batcher, what), {"version": self.description.version})
+
+    async def describe(self) -> Description:
+        return self.description
+
+    async def edit(self, request: EditRequest, seconds: float) -> Made:
+        """Raises `LateError` after `seconds`, `ValueError` for what can't be done, `DeadEngineError`."""
+        async for event in self.follow(request, seconds):
+            if isinstance(event, Made):
+                return event
+        raise AssertionError
+
+    async def follow(
+        self, request: EditRequest, seconds: float, preview_every: int | None = None
+    ) -> AsyncIterator[Moved | Made]:
+        """`edit` as it moves on; with `preview_every` None it tells only the end.
+
+        Steps that nobody has been told of are told as one. Whoever stops listening frees the place.
+        """
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+        moves: list[Moved] = []
+        ends: list[np.ndarray | Exception] = []
+
+        def move(moved: Moved) -> None:
+            if moves and moves[-1].preview is None:
+                moves.pop()
+            moves.append(moved)
+            woken.set()
+
+        def end(result: np.ndarray | Exception) -> None:
+            ends.append(result)
+            woken.set()
+
+        job = Job(
+            request,
+            done=lambda result: loop.call_soon_threadsafe(end, result),
+            deadline=time.monotonic() + seconds,
         )
-
-    @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=0.02)
-    async def edit_together(self, wanted: list[EditRequest]) -> list[np.ndarray]:
-        """One batch at a time, off the event loop."""
-        return await asyncio.to_thread(self.editor.edit, wanted)
+        if preview_every is not None:
+            job.preview_every = preview_every
+            job.moved = lambda step, preview: loop.call_soon_threadsafe(move, Moved(step, preview))
+        self.batcher.submit(job)
+        try:
+            while not ends:
+                await woken.wait()
+                woken.clear()
+                while moves:
+                    yield moves.pop(0)
+        finally:
+            if not ends:
+                self.batcher.cancel(job)
+        if isinstance(ends[0], Exception):
+            raise ends[0]
+        assert job.started is not None
+        yield Made(ends[0], self.description, job.started - job.since)
 
 
 class Flags(BaseModel):
     host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 for all")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen at")
+    keys: str | None = Field(default=None, description="file of the clients' keys; python -m serve.keys makes one")
+    open: CliImplicitFlag[bool] = Field(default=False, description="no keys: this machine alone is served")
 
 
 class ApplicationArgs(BaseModel):
@@ -192,43 +167,96 @@ class ApplicationArgs(BaseModel):
 
     recipe: str = Field(description="recipe file, looked up in the current directory and then in the repository")
     workspace: str | None = Field(default=None, description="folder of the run whose editor is served, if it has one")
+    keys: str | None = Field(default=None, description="file of the keys; default: the text in IP2P_SERVE_KEYS")
+    open: bool = Field(default=False, description="no keys: clients on the proxy's own machine alone are served")
 
 
 def build(args: ApplicationArgs) -> Application:
     """The application for a Serve config file (`import_path: serve.app:build`), whose deployments say what it needs.
 
-    Raises `ValueError` when the recipe is wrong, or there is no editor to serve.
+    Raises `ValueError` when the recipe is wrong, or there is no editor to serve, or no key.
     """
     recipe, workspace = read_recipe(args.recipe), Workspace(args.workspace) if args.workspace else None
-    check(recipe, workspace)
-    return EditService.bind(recipe, workspace)
+    return application(recipe, workspace, None if args.open else read_keys(args.keys))
 
 
-def check(recipe: Recipe, workspace: Workspace | None) -> None:
-    """Raises `ValueError`, naming the key, when the shipped editor is to be served and is not there."""
-    if available(workspace)[0] == SHIPPED:
+def application(
+    recipe: Recipe, workspace: Workspace | None, keys: list[Key] | None, engine_resources: dict[str, Any] | None = None
+) -> Application:
+    """The ingress and its engines. keys None: open. Raises `ValueError` when there is no editor to serve."""
+    settings = recipe.serve
+    main = settings.version or available(workspace)[0]
+    versions = {main: EditService.name}  # by the name of its deployment
+    if settings.canary:
+        if settings.canary.version == main:
+            raise ValueError(f"serve.canary.version: {main!r} is served to all already; name another version")
+        versions[settings.canary.version] = f"{EditService.name}Canary"
+    engine = EditService.options(
+        max_ongoing_requests=2 * settings.batch_size,  # the next are there when places get free
+        max_queued_requests=settings.queue,
+        num_replicas="auto",
+        autoscaling_config=autoscaling(recipe),
+        **({"ray_actor_options": engine_resources} if engine_resources else {}),
+    )
+    engines = {
+        version: engine.options(name=name).bind(recipe, workspace, version, label(recipe, workspace, version))
+        for version, name in versions.items()
+    }
+    ingress = EditIngress.options(num_replicas=settings.ingresses)
+    return ingress.bind(recipe, workspace, engines, keys, signing_secret(workspace))
+
+
+def autoscaling(recipe: Recipe) -> AutoscalingConfig:
+    """Engines by edits that wait or are on their way: as many as keep every batch full."""
+    fewest, most = recipe.serve.replicas
+    return AutoscalingConfig(
+        min_replicas=fewest,
+        max_replicas=most,
+        target_ongoing_requests=recipe.serve.batch_size,
+        upscale_delay_s=5,
+        downscale_delay_s=120,
+    )
+
+
+def label(recipe: Recipe, workspace: Workspace | None, version: str) -> str:
+    """The version, with a hash of its files' sizes and times where it is a workspace's: one that has been trained anew
+    is another, so Serve replaces the engines. Raises `ValueError`, naming the key, when it is not there.
+    """
+    if version == SHIPPED:
         locate(recipe.models.editor.path, "models.editor.path")
+        return version
+    folder = version_folder(version)
+    if workspace is None or not workspace.exists(*folder, "model_index.json"):
+        where = f"{workspace.location}/{'/'.join(folder)}" if workspace else "there is no workspace"
+        raise ValueError(f"serve.version {version!r}: no editor in {where}; jobs.train writes one")
+    infos = workspace.fs.get_file_info(FileSelector(workspace.path(*folder), recursive=True))
+    facts = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.type == FileType.File)
+    return f"{version}@{hashlib.blake2b(repr(facts).encode(), digest_size=4).hexdigest()}"
 
 
-def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int) -> None:
-    """Start the endpoint on the Ray that runs, or on a local one; returns when it is ready."""
-    check(recipe, workspace)
+def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int, keys: list[Key] | None = None) -> None:
+    """Start the endpoint on the Ray that runs, or on a local one, or change it; returns when it is ready.
+
+    keys None: open, which only a loopback address may be. Raises `ValueError`.
+    """
+    if keys is None and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
+        raise ValueError(f"--open serves this machine alone: --host 127.0.0.1, not {host}; or give --keys")
     connect()
     gpu = recipe.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-    serve.start(http_options=HTTPOptions(host=host, port=port))
     resources = {"num_gpus": 1} if gpu else {"num_cpus": 1}
-    serve.run(EditService.options(ray_actor_options=resources).bind(recipe, workspace), name="ip2p", route_prefix="/")
+    deployed = application(recipe, workspace, keys, resources)
+    serve.start(http_options=HTTPOptions(host=host, port=port))
+    serve.run(deployed, name="ip2p", route_prefix="/")
 
 
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", extra=Flags, argv=argv, needs=())
     try:
-        start(recipe, workspace, flags.host, flags.port)
+        start(recipe, workspace, flags.host, flags.port, None if flags.open else read_keys(flags.keys))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(
-        f"serving the {available(workspace)[0]} editor at http://{flags.host}:{flags.port}/  (Ctrl-C ends)", flush=True
-    )
+    version = recipe.serve.version or available(workspace)[0]
+    print(f"serving the {version} editor at http://{flags.host}:{flags.port}/  (Ctrl-C ends)", flush=True)
     try:
         while True:
             time.sleep(3600)

@@ -214,3 +214,68 @@ def test_resize_keeps_what_fits_already():
     assert images.resize(RGB, 6, 9) is RGB
     assert images.resize(RGB, 12, 4).shape == (12, 4, 3)
     assert images.resize(RGB[..., 0], 12, 4).shape == (12, 4)
+
+
+def deep_png() -> bytes:
+    """1x1, RGB of 16 bits, which Pillow reads as 8 and does not write."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(7)), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+
+
+GREY = Image.new("L", (7, 5), 100)
+FRAMES = {"save_all": True, "append_images": [Image.new("L", (7, 5), 200)]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        save(GREY, "PNG"),
+        save(GREY, "JPEG"),
+        save(GREY.convert("RGBA"), "WEBP", lossless=True),
+        save(GREY.convert("P"), "PNG"),
+        save(GREY.convert("1"), "PNG"),
+        save(GREY.convert("LA"), "PNG"),
+        save(GREY, "MPO", **FRAMES),  # a phone's photo, with another for its screen
+        save(GREY, "JPEG") + b"ftypmp42 a film, as some phones append",
+    ],
+)
+def test_what_people_send_passes(data):
+    assert images.inspect(data, 35) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "0 bytes"),
+        (b"GIF89a", "PNG, JPEG or WebP"),
+        (save(GREY, "GIF"), "PNG, JPEG or WebP"),
+        (save(Image.new("L", (6, 6)), "PNG"), "6x6, more than 35 pixels"),
+        (save(GREY, "PNG")[:16] + bytes(8) + save(GREY, "PNG")[24:], "PNG, JPEG or WebP|no pixels"),
+        (save(GREY, "PNG", **FRAMES), "animated"),
+        (save(GREY, "WEBP", **FRAMES), "animated"),
+        (save(GREY.convert("CMYK"), "JPEG"), "RGB"),
+        (save(Image.new("I;16", (7, 5)), "PNG"), "16 bits"),
+        (deep_png(), "16 bits"),
+        (save(GREY, "PNG") + b"x", "1 bytes"),
+        (save(GREY, "WEBP") + b"xx", "2 bytes"),
+        (save(GREY, "JPEG") + b"PK\x03\x04", "archive"),
+        (save(GREY, "JPEG") + b"<SCRIPT>", "script"),
+        (save(GREY, "JPEG") + b"%PDF-1.7", "document"),
+    ],
+)
+def test_what_would_be_changed_silently_or_is_two_things_is_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        images.inspect(data, 35)
+
+
+def test_rgb_and_opacity_come_from_one_decoding():
+    image = np.random.default_rng(0).integers(0, 256, (600, 5, 4), np.uint8)
+    data = save(Image.fromarray(image), "PNG")
+    rgb, alpha = images.decode_with_alpha(data)
+    assert np.array_equal(rgb, images.decode(data))
+    assert alpha is not None
+    assert np.array_equal(alpha, image[..., 3])
+    assert (rgb[alpha == 0] == 255).all()
+    assert np.array_equal(rgb[alpha == 255], image[..., :3][alpha == 255])

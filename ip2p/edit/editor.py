@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import isfinite
 
 import numpy as np
@@ -16,6 +15,8 @@ from ip2p.diffusion.guidance import edit_weights
 from ip2p.diffusion.schedule import NoiseSchedule, Solver
 from ip2p.models import TextToImage
 
+TEXTS_KEPT = 256
+
 
 @dataclass(frozen=True, eq=False)
 class EditRequest:
@@ -23,6 +24,7 @@ class EditRequest:
 
     guidance_scale is s_T of the paper, how strictly the instruction is followed; image_guidance_scale is s_I, how
     closely the image is kept. 1 means no extrapolation; below 1 the conditioning counts for less, and is still used.
+    negative_prompt is what the result is led away from, in place of the empty text.
     """
 
     image: np.ndarray
@@ -32,6 +34,7 @@ class EditRequest:
     steps: int = 20
     seed: int = 0
     solver: Solver = "euler_ancestral"
+    negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         assert self.image.dtype == np.uint8 and self.image.ndim == 3 and self.image.shape[2] == 3, self.image.shape
@@ -63,30 +66,49 @@ class Editor:
         self.max_side = max_side or model.unet.config["sample_size"] * model.downsampling
         if self.max_side < self.multiple:
             raise ValueError(f"max_side {self.max_side}: this model needs at least {self.multiple} pixels a side")
+        self._texts: dict[str, Tensor] = {}
 
-    @cached_property
-    def null_text(self) -> Tensor:
-        """(L, D), of the empty text."""
-        return self.model.encode_text([""])[0]
+    def fit(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3) -> the size that the model sees."""
+        return images.fit(image, self.max_side, self.multiple)
 
     def trajectory(self, request: EditRequest) -> Trajectory:
         """The way of one edit, from noise drawn from its seed. Its latents' shape depends on the image's size."""
-        pixels = images.to_tensor(images.fit(request.image, self.max_side, self.multiple)[None])
-        image_latents = self.model.encode_image(pixels, scaled=False)[0]
-        text = self.model.encode_text([request.instruction])[0]
+        return self.trajectories([request])[0]
+
+    def trajectories(self, requests: Sequence[EditRequest]) -> list[Trajectory]:
+        """The ways of edits of one fitted size, encoded together; an image or a text that several share, once."""
+        arrays = list({id(request.image): request.image for request in requests}.values())
+        pixels = images.to_tensor(np.stack([self.fit(image) for image in arrays]))
+        latents = dict(zip(map(id, arrays), self.model.encode_image(pixels, scaled=False)))
+        texts = self._encode_texts({text for r in requests for text in (r.instruction, r.negative_prompt)})
+        return [self._trajectory(request, latents[id(request.image)], texts) for request in requests]
+
+    def _trajectory(self, request: EditRequest, image_latents: Tensor, texts: dict[str, Tensor]) -> Trajectory:
+        without = texts[request.negative_prompt]
         generator = torch.Generator().manual_seed(request.seed)
         return Trajectory(
             latents=torch.randn(image_latents.shape, generator=generator),
             conditionings=[
-                Conditioning(self.null_text),
-                Conditioning(self.null_text, image_latents),
-                Conditioning(text, image_latents),
+                Conditioning(without),
+                Conditioning(without, image_latents),
+                Conditioning(texts[request.instruction], image_latents),
             ],
             weights=edit_weights(request.guidance_scale, request.image_guidance_scale),
             steps=request.steps,
             solver=request.solver,
             generator=generator,
         )
+
+    def _encode_texts(self, texts: set[str]) -> dict[str, Tensor]:
+        """(L, D) of each; the last few hundred are kept, the empty text and a page's instruction among them."""
+        if new := [text for text in texts if text not in self._texts]:
+            self._texts |= dict(zip(new, self.model.encode_text(new)))
+        found = {text: self._texts.pop(text) for text in texts}
+        self._texts |= found  # the latest last
+        for text in list(self._texts)[:-TEXTS_KEPT]:
+            del self._texts[text]
+        return found
 
     def decode(self, latents: Tensor, request: EditRequest) -> np.ndarray:
         """Final latents (C, h, w) of `request` -> uint8 (H, W, 3) of the size of its image."""
@@ -125,6 +147,6 @@ class Editor:
         """Indices of the requests, grouped by the size that the model sees: a batch has one."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, request in enumerate(requests):
-            shape = images.fit(request.image, self.max_side, self.multiple).shape
+            shape = self.fit(request.image).shape
             groups.setdefault(shape, []).append(index)
         return list(groups.values())

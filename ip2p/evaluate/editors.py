@@ -16,17 +16,23 @@ def available(workspace: Workspace | None) -> list[str]:
     return [*trained, SHIPPED]
 
 
+def version_folder(name: str) -> tuple[str, ...]:
+    """Where an editor lies in a workspace: model/, or versions/<name>/."""
+    return ("model",) if name == WORKSPACE else ("versions", name)
+
+
 def load_editor(recipe: Recipe, workspace: Workspace | None, name: str) -> TextToImage:
-    """Load one of `available`; the model of a workspace in a bucket is fetched first.
+    """Load one of `available`, or a folder of the workspace's versions/; one in a bucket is fetched first.
 
     Raises `ValueError` when it is not there or no editor.
     """
     if name == SHIPPED:
         return load_text_to_image(recipe.models.editor, None, recipe.device, "models.editor")
     assert workspace is not None
-    dtype, key = recipe.models.editor.dtype, f"the editor of {workspace.location}"
+    folder = version_folder(name)
+    dtype, key = recipe.models.editor.dtype, f"the editor {'/'.join(folder)} of {workspace.location}"
     if isinstance(workspace.fs, pafs.LocalFileSystem):
-        return load_text_to_image(ModelRef(path=workspace.path("model"), dtype=dtype), None, recipe.device, key)
+        return load_text_to_image(ModelRef(path=workspace.path(*folder), dtype=dtype), None, recipe.device, key)
     with tempfile.TemporaryDirectory() as directory:
-        pafs.copy_files(workspace.path("model"), directory, source_filesystem=workspace.fs)
+        pafs.copy_files(workspace.path(*folder), directory, source_filesystem=workspace.fs)
         return load_text_to_image(ModelRef(path=directory, dtype=dtype), None, recipe.device, key)

@@ -1,0 +1,91 @@
+"""Keys and their limits; no server."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from ip2p.recipe import REPOSITORY
+from serve.keys import VARIABLE, Client, Clients, RefusedError, read_keys
+from tests.serve.conftest import make_key
+
+
+def test_a_drawn_key_opens_and_only_its_hash_is_in_the_file(tmp_path):
+    command = [sys.executable, "-m", "serve.keys", "shop"]
+    printed = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=120).stdout
+    line, _, text = printed.partition("\n")
+    token = line.split()[-1]
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    assert token not in text
+    clients = Clients(read_keys(str(file)))
+    client = clients.of(f"Bearer {token}")
+    assert client is not None
+    assert client.key.name == "shop"
+    for wrong in (None, "", token, f"Basic {token}", f"Bearer {token}x", "Bearer", "Bearer \udcff"):
+        with pytest.raises(RefusedError, match="Authorization: Bearer") as refused:
+            clients.of(wrong)
+        assert refused.value.status == 401
+
+
+def test_keys_may_lie_in_the_environment(monkeypatch):
+    monkeypatch.setenv(VARIABLE, yaml.safe_dump({"keys": [make_key("shop", "x").model_dump()]}))
+    assert [key.name for key in read_keys(None)] == ["shop"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "no keys"),
+        ("keys: []", "at least 1"),
+        ("keys: [{name: a, sha256: secret}]", "sha256"),
+        ("keys: [{name: a, key: secret}]", "sha256"),
+        ("keys: {", "keys.yaml"),
+        (yaml.safe_dump({"keys": [make_key("a", "x").model_dump()] * 2}), "twice"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, monkeypatch, text, says):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_keys(str(file))
+
+
+def test_no_file_is_told():
+    with pytest.raises(ValueError, match="nowhere"):
+        read_keys("nowhere.yaml")
+
+
+def test_the_rate_fills_with_time_and_tells_how_long():
+    now = [0.0]
+    client = Client(make_key("a", "x", edits_per_minute=60), clock=lambda: now[0])
+    client.charge(60)
+    with pytest.raises(RefusedError, match="60 edits a minute") as refused:
+        client.charge(5)
+    assert (refused.value.status, refused.value.retry_after) == (429, 5)
+    now[0] = 5.0
+    client.charge(5)
+    now[0] = 1e6
+    client.charge(60)  # no more than a minute's worth is saved up
+    with pytest.raises(RefusedError):
+        client.charge(1)
+
+
+def test_places_are_given_back():
+    client = Client(make_key("a", "x", concurrent_edits=4), ingresses=2)
+    client.enter(2)
+    with pytest.raises(RefusedError, match="on their way"):
+        client.enter(1)
+    client.leave(2)
+    client.enter(1)
+
+
+def test_without_keys_any_header_will_do():
+    assert Clients(None).of("Bearer anything") is None
+
+
+def test_hashes_are_of_the_whole_key():
+    assert make_key("a", "x").sha256 == hashlib.sha256(b"x").hexdigest()
