@@ -44,6 +44,10 @@ Pixels = Annotated[
 ]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+Workers = Annotated[
+    tuple[Positive, Positive],
+    AfterValidator(lambda r: r if r[0] <= r[1] else _refuse(f"workers is a number or (fewest, most), not {r}")),
+]
 Solver = Literal["euler_ancestral", "euler", "ddim", "dpmsolver++"]
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -360,6 +364,13 @@ class Dataset(Section):
         return self
 
 
+class MLflow(Section):
+    """Where MLflow keeps its runs."""
+
+    tracking_uri: str = Field(description="http(s)://… of a server, or sqlite:///… or a folder, seen by all machines")
+    experiment: str = Field(default="ip2p", description="the experiment that the runs belong to; made if need be")
+
+
 class Train(Section):
     """Stage 4: fine-tune the UNet to follow instructions."""
 
@@ -368,6 +379,9 @@ class Train(Section):
         default=None,
         description="folder of parquet files with original_image, edit_prompt and edited_image, e.g. those of "
         "timbrooks/instructpix2pix-clip-filtered; default: the workspace's dataset/",
+    )
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="share of the captions that is trained on, chosen by the seed; the paper tries .1, .01"
     )
     steps: Positive = Field(default=1000, description="optimiser steps")
     batch_size: Positive = Field(default=32, description="samples per step over all workers")
@@ -421,7 +435,16 @@ class Train(Section):
     precision: Precision = Field(
         default="float32", description="number format of the forward pass; the weights stay float32"
     )
-    workers: Positive = Field(default=1, description="training processes, one GPU each where there are GPUs")
+    workers: Positive | Workers = Field(
+        default=1,
+        description="training processes, one GPU each where there are GPUs; 2,8: as many of 2 to 8 as fit, now "
+        "and whenever a machine is lost or comes",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="ddp: each worker holds the UNet; fsdp: its share of weights, gradients and AdamW's state (FSDP2)",
+    )
+    compile: bool = Field(default=False, description="torch.compile the UNet's step; on GPUs alone")
     checkpoint_every: Positive = Field(default=500, description="steps between checkpoints: what a crash can cost")
     keep: Positive = Field(
         default=2, description="checkpoints that are kept: the last one, and the best by the loss on held-out pairs"
@@ -429,6 +452,9 @@ class Train(Section):
     export: Literal["last", "best"] = Field(default="last", description="which checkpoint becomes the model")
     pictures: Annotated[int, Field(ge=0)] = Field(
         default=4, description="held-out pairs that are edited at every checkpoint, to be looked at"
+    )
+    mlflow: MLflow | None = Field(
+        default=None, description="report to MLflow as well: metrics, pictures, and the recipe as parameters"
     )
     encode_replicas: Positive = Field(default=1, description="actors that encode latents and texts ahead of training")
 
@@ -439,9 +465,24 @@ class Train(Section):
             raise ValueError(
                 f"drop_text + drop_image + drop_both must be <= 1, not {total:g}: one draw picks one of them"
             )
-        if self.batch_size % self.workers:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of workers {self.workers}")
         return self
+
+    @model_validator(mode="after")
+    def _every_worker_has_samples(self):
+        fewest, most = self.worker_range
+        if self.batch_size < most:
+            raise ValueError(f"batch_size {self.batch_size} must be at least workers {most}: one sample each")
+        if self.parallel == "fsdp" and any(self.batch_size % n for n in range(fewest, most + 1)):
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of workers {self.workers} with parallel: fsdp, whose "
+                "workers take every step together"
+            )
+        return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
 
     @model_validator(mode="after")
     def _crops_fit(self):

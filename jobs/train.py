@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import ray
@@ -31,7 +32,7 @@ from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
 from ip2p.train.encode import REQUIRED, SPLITS, WELCOME, PairEncoder
 from ip2p.train.export import export
-from ip2p.train.latents import LatentPairs, lay_out
+from ip2p.train.latents import LatentPairs, lay_out, some_captions
 from ip2p.train.loop import train
 from ip2p.train.unet import widen_conv_in
 from ip2p.workspace import Workspace
@@ -47,8 +48,12 @@ FREE = {"steps", "cooldown_steps", "checkpoint_every", "keep", "export", "pictur
 FREE |= {"gradient_checkpointing", "encode_replicas"}
 
 
-def run(recipe: Recipe, workspace: Workspace) -> None:
-    """Train on the workspace's dataset and write `model/`. The same call goes on where a killed one stopped."""
+def run(recipe: Recipe, workspace: Workspace, data: Workspace | None = None) -> None:
+    """Train on the workspace's dataset and write `model/`. The same call goes on where a killed one stopped.
+
+    `data` is the workspace that holds dataset/ and latents/, where it is another one: several runs encode them once.
+    """
+    data = data or workspace
     if workspace.done("model"):
         print(f"train: done already, see {workspace.uri('model')}")
         return
@@ -57,9 +62,9 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     connect()
     recipe = with_base(recipe)
-    encode(recipe, workspace)
-    checkpoint = fit(recipe, workspace)
-    counts = write_model(recipe, workspace, checkpoint)
+    encode(recipe, data)
+    checkpoint = fit(recipe, workspace, data)
+    counts = write_model(recipe, workspace, data, checkpoint)
     workspace.mark_done("model", **counts)
     workspace.record("train", recipe=recipe.model_dump(mode="json"), seconds=time.perf_counter() - started, **counts)
     print(f"train: {workspace.uri('model')} is written; diffusers loads it as it is")
@@ -141,29 +146,30 @@ def source_digest(recipe: Recipe, source: Workspace, paths: list[str]) -> str:
     how = {"base", "resolution", "flip", "random_resize", "crops"}
     section = recipe.train.model_dump(mode="json", include=how)
     vae = recipe.models.vae and recipe.models.vae.model_dump(mode="json")
-    return short_digest([names, section, vae, recipe.dataset.validation_fraction, recipe.seed])
+    crops = recipe.train.random_resize and recipe.seed  # all that the seed decides about latents
+    return short_digest([names, section, vae, recipe.dataset.validation_fraction, crops])
 
 
 def short_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def fit(recipe: Recipe, workspace: Workspace) -> ray.train.Checkpoint:
+def fit(recipe: Recipe, workspace: Workspace, data: Workspace) -> ray.train.Checkpoint:
     """Run the training loop on Ray Train; returns the checkpoint that becomes the model."""
     gpu = uses_gpu(recipe.device)
-    cpus = (
-        1 if gpu else cpus_per_worker(recipe.train.workers, [node["Resources"].get("CPU", 0) for node in ray.nodes()])
-    )
-    validates = bool(workspace.counts("latents")["validation"])
+    node_cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    cpus = 1 if gpu else cpus_per_worker(recipe.train.worker_range[1], node_cpus)
+    encoded = data.counts("latents")
+    validates = bool(encoded["validation"])
     if recipe.train.export == "best" and not validates:
         raise ValueError(
             "train.export: best, but there are no held-out pairs to tell by; see dataset.validation_fraction"
         )
     same = recipe.train.model_dump(mode="json", exclude=FREE)
-    name = "train-" + short_digest([same, recipe.seed, workspace.counts("latents")["source"]])
+    name = "train-" + short_digest([same, recipe.seed, encoded["source"]])
     trainer = TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"recipe": recipe, "workspace": workspace, "cpus": cpus, "name": name},
+        train_loop_config={"recipe": recipe, "workspace": workspace, "data": data, "cpus": cpus, "name": name},
         scaling_config=ScalingConfig(
             num_workers=recipe.train.workers,
             use_gpu=gpu,
@@ -201,12 +207,12 @@ def threads_per_worker(cpus: int, workers_here: int) -> int:
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """One rank: load, resume from the last checkpoint if there is one, train and report."""
-    recipe, workspace = config["recipe"], config["workspace"]
+    recipe, workspace, data = config["recipe"], config["workspace"], config["data"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(threads_per_worker(config["cpus"], context.get_local_world_size()))
     model = load_base(recipe, str(get_device()))
-    here, folders = local_latents(workspace)
+    here, folders = local_latents(recipe, data)
     pairs = LatentPairs(folders["train"], recipe.train.one_per_caption)
     validation = LatentPairs(folders["validation"]) if "validation" in folders else None
     state, curve = load_checkpoint(ray.train.get_checkpoint(), model.device)
@@ -219,7 +225,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         print(f"train: {pairs.count} samples, {recipe.train.steps} steps, {begin}, on {world_size} x {model.device}")
     printer = Printer(recipe.train.steps)
     board = Board(workspace, config["name"], state["step"] if state else 0) if rank == 0 else None
-    shown = validation_rows(recipe, workspace)
+    shown = validation_rows(recipe, data)
 
     def look(step: int) -> None:
         assert board is not None
@@ -262,19 +268,33 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         shutil.rmtree(here)
 
 
-def local_latents(workspace: Workspace) -> tuple[Path, dict[str, Path]]:
+def local_latents(recipe: Recipe, data: Workspace) -> tuple[Path, dict[str, Path]]:
     """A folder of this machine, and in it those of each split that has pairs; the machine's first worker makes them."""
-    counts = workspace.counts("latents")
-    made = workspace.fs.get_file_info(workspace.path("latents", "_SUCCESS")).mtime_ns
-    here = Path(tempfile.gettempdir(), f"ip2p-latents-{short_digest([workspace.uri('latents'), made])}")
+    counts = data.counts("latents")
+    made = data.fs.get_file_info(data.path("latents", "_SUCCESS")).mtime_ns
+    which = short_digest([data.uri("latents"), made, *share_of_train(recipe)])
+    here = Path(tempfile.gettempdir(), f"ip2p-latents-{which}")
     folders = {split: here / split for split in SPLITS if counts[split]}
     if ray.train.get_context().get_local_rank() == 0:
-        paths = [path for path in workspace.files("latents") if path.endswith(".parquet")]
+        paths = [path for path in data.files("latents") if path.endswith(".parquet")]
         for split, folder in folders.items():
-            lay_out(workspace.fs, paths, split, folder)
+            lay_out(data.fs, paths, split, folder, *(share_of_train(recipe) if split == "train" else ()))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return here, folders
+
+
+def share_of_train(recipe: Recipe) -> tuple[float, int]:
+    """(fraction, seed): which of the encoded captions are trained on."""
+    return recipe.train.fraction, recipe.seed if recipe.train.fraction < 1 else 0
+
+
+def trained_pairs(recipe: Recipe, data: Workspace) -> int:
+    """How many pairs `train.fraction` leaves."""
+    table = data.read_table("latents", columns=["caption_id", "split", "status"])
+    captions = table.filter((pc.field("split") == "train") & (pc.field("status") == "ok"))["caption_id"].to_pylist()
+    kept = some_captions(captions, *share_of_train(recipe))
+    return sum(caption in kept for caption in captions)
 
 
 def validation_rows(recipe: Recipe, workspace: Workspace) -> list[dict[str, Any]]:
@@ -328,23 +348,24 @@ class Printer:
         )
 
 
-def write_model(recipe: Recipe, workspace: Workspace, checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
+def write_model(
+    recipe: Recipe, workspace: Workspace, data: Workspace, checkpoint: ray.train.Checkpoint
+) -> dict[str, Any]:
     """Export the averaged weights of a checkpoint to model/; returns what the model card says."""
     state, curve = load_checkpoint(checkpoint, "cpu")
     assert state is not None
     write_curve(workspace, curve)
-    encoded = workspace.counts("latents")
     last = curve[-1]
     assert last["step"] == state["step"]
     counts = {
-        "pairs": encoded["train"],
-        "unreadable_pairs_left_out": encoded["failed"],
+        "pairs": trained_pairs(recipe, data),
+        "unreadable_pairs_left_out": data.counts("latents")["failed"],
         "steps": state["step"],
         "samples_seen": state["step"] * recipe.train.batch_size,
         "loss": round(last["loss"], 5),
         "validation_loss": last["validation_loss"] and round(last["validation_loss"], 5),
     }
-    source, paths = dataset_files(recipe, workspace)
+    source, paths = dataset_files(recipe, data)
     example = (
         pq.ParquetFile(source.fs.open_input_file(paths[0])).read(columns=["edit_prompt"])["edit_prompt"][0].as_py()
     )

@@ -5,7 +5,7 @@ the system keeps of it.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -41,8 +41,18 @@ class Batch:
         return Batch(self.image_latents[rows], self.target_latents[rows], self.token_ids[rows])
 
 
-def lay_out(fs: pafs.FileSystem, paths: Sequence[str], split: str, folder: Path) -> None:
+def some_captions(caption_ids: Iterable[str], fraction: float, seed: int) -> set[str]:
+    """A share of the captions, one at least; a smaller share of the same seed is a part of a larger one."""
+    in_order = sorted(set(caption_ids), key=lambda id_: digest("fraction", seed, id_))
+    return set(in_order[: max(1, round(fraction * len(in_order)))])
+
+
+def lay_out(
+    fs: pafs.FileSystem, paths: Sequence[str], split: str, folder: Path, fraction: float = 1.0, seed: int = 0
+) -> None:
     """Write the `ok` rows of a split of `encode.LATENTS` files to a local `folder` that `LatentPairs` opens.
+
+    Of all captions, or of a `fraction` of them, see `some_captions`.
 
     By caption and pair, because the order of files and blocks is not stable and the order of samples must be. A pair
     that is there twice counts once. Costs nothing when the folder is complete.
@@ -60,6 +70,9 @@ def lay_out(fs: pafs.FileSystem, paths: Sequence[str], split: str, folder: Path)
     index = index.sort_by([("caption_id", "ascending"), ("pair_id", "ascending")])
     ids = index["pair_id"].to_pylist()
     index = index.take(pa.array([n for n, id_ in enumerate(ids) if n == 0 or id_ != ids[n - 1]], pa.int64()))
+    if fraction < 1:
+        captions_kept = some_captions(index["caption_id"].to_pylist(), fraction, seed)
+        index = index.filter(pc.is_in(index["caption_id"], pa.array(sorted(captions_kept), pa.string())))
     if not index.num_rows:
         raise ValueError(f"no {split} pair: the dataset is empty or none of its images could be read")
     shapes = np.array(index["shape"].to_pylist())
@@ -70,8 +83,9 @@ def lay_out(fs: pafs.FileSystem, paths: Sequence[str], split: str, folder: Path)
         shape = (int(views.sum()), *latent_shape)
         latents = np.lib.format.open_memmap(part / f"{column}.npy", "w+", np.float16, shape)
         for id_, data in _values(fs, paths, split, column):
-            mine = np.frombuffer(data, np.float16).reshape(-1, *latent_shape)
-            latents[first_view[id_] : first_view[id_] + len(mine)] = mine
+            if id_ in first_view:
+                mine = np.frombuffer(data, np.float16).reshape(-1, *latent_shape)
+                latents[first_view[id_] : first_view[id_] + len(mine)] = mine
         latents.flush()
     captions = [len(list(group)) for _, group in groupby(index["caption_id"].to_pylist())]
     token_ids = np.array(index["token_ids"].to_pylist(), np.int32)
@@ -112,6 +126,7 @@ class LatentPairs:
         self.image_latents, self.target_latents = (
             np.load(folder / f"{column}.npy", mmap_mode="r") for column in LATENT_COLUMNS
         )
+        self.latent_shape: tuple[int, ...] = self.target_latents.shape[1:]  # (C, h, w)
 
     def batch(self, indices: Tensor, u: Tensor) -> Batch:
         """The samples `indices` (B,) of an epoch; `u` (B,) uniform in [0, 1) picks a pair of each and its view."""
@@ -130,14 +145,15 @@ def _permutation(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def sample_indices(count: int, seed: int, step: int, rank: int, world_size: int, batch_size: int) -> Tensor:
-    """Which of `count` pairs this rank trains on at `step`: its share of the step's `batch_size`, (B / world_size,).
+def share(step: int, batch_size: int, rank: int, world_size: int) -> range:
+    """The places in the endless row of samples that a rank takes at `step`: every `world_size`-th of the batch."""
+    return range(step * batch_size + rank, (step + 1) * batch_size, world_size)
 
-    Every epoch is a permutation of all pairs and epochs follow one another without a gap, so the samples of a step
-    depend on the seed and the step alone, and no rank sees another's.
+
+def sample_indices(count: int, seed: int, places: range) -> Tensor:
+    """Which of `count` samples stand in `places` of the endless row, (B,).
+
+    Every epoch is a permutation of all samples and epochs follow one another without a gap. So the samples of a step
+    depend on the seed and the step alone, however many ranks share them, and no rank sees another's.
     """
-    assert batch_size % world_size == 0
-    share = batch_size // world_size
-    start = step * batch_size + rank * share
-    positions = range(start, start + share)
-    return torch.stack([_permutation(seed, p // count, count)[p % count] for p in positions])
+    return torch.stack([_permutation(seed, p // count, count)[p % count] for p in places])

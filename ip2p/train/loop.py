@@ -1,18 +1,21 @@
 """The training loop: plain torch, one process or one rank of several.
 
-Everything random at step n (which samples, which views, noise, timesteps, dropout) is a pure function of
-(seed, rank, n). So a resumed run repeats the uninterrupted one exactly, and no two ranks share their noise.
+Everything random about a sample (which it is, its view, noise, timestep, dropout) is a pure function of the seed and
+of its place in the endless row of samples. So a resumed run repeats the uninterrupted one exactly, no two ranks share
+noise, and a step is the same, up to rounding, whatever the number of ranks that share it: it may change on the way.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from ip2p.models import TextToImage
@@ -20,8 +23,9 @@ from ip2p.recipe import Train
 from ip2p.records import digest
 from ip2p.train.dropout import drop, dropout_masks
 from ip2p.train.encode import token_ids
-from ip2p.train.latents import Batch, LatentPairs, sample_indices
-from ip2p.train.loss import add_noise, draw_timesteps, min_snr_weight, mse, prediction_target
+from ip2p.train.latents import Batch, LatentPairs, sample_indices, share
+from ip2p.train.loss import add_noise, min_snr_weight, mse, prediction_target, stratified_timesteps
+from ip2p.train.parallel import gathered, scattered, shard, synchronised
 from ip2p.train.unet import trainable
 
 LOG_EVERY = 10  # steps
@@ -34,13 +38,20 @@ Report = Callable[[dict[str, float], State | None], None]
 class Draw:
     """What is random about B samples of a step."""
 
+    view: Tensor  # (B,) in [0, 1): which pair of a caption, and which of its views
     noise: Tensor  # (B, C, h, w)
     timesteps: Tensor  # (B,)
     text_dropped: Tensor  # (B,) bool
     image_dropped: Tensor  # (B,) bool
 
     def __getitem__(self, rows: slice) -> "Draw":
-        return Draw(self.noise[rows], self.timesteps[rows], self.text_dropped[rows], self.image_dropped[rows])
+        return Draw(
+            self.view[rows],
+            self.noise[rows],
+            self.timesteps[rows],
+            self.text_dropped[rows],
+            self.image_dropped[rows],
+        )
 
 
 def train(
@@ -62,10 +73,12 @@ def train(
         pairs: the encoded training split, the same on every rank.
         report: called on every rank alike, every LOG_EVERY steps with (metrics, None) and every
             `recipe.checkpoint_every` steps and at the end with (metrics, state). Metrics: step, loss, learning_rate,
-            grad_norm, samples_per_second, eta_seconds and, at a checkpoint with a `validation` split, validation_loss.
-            The state refers to live tensors: save it before returning.
-        state: what `report` was given at the step to go on from; None starts anew.
-        look: called on the first rank at every checkpoint, with the step, while the UNet holds the averaged weights.
+            grad_norm, samples_per_second, eta_seconds and, at a checkpoint with a `validation` split, validation_loss
+            (with DDP on the first rank only). The state is complete on every rank, whoever holds which part of the
+            weights; it may refer to live tensors: save it before returning.
+        state: what `report` was given at the step to go on from, by however many ranks; None starts anew.
+        look: called at every checkpoint, with the step, while the UNet holds the averaged weights: on the first rank,
+            and with FSDP on all, which hold parts of them.
         world_size: above 1, torch.distributed must have been initialised.
 
     Returns:
@@ -75,33 +88,36 @@ def train(
     trained = trainable(unet, recipe.lora_rank)
     if recipe.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    sharded = recipe.parallel == "fsdp" and world_size > 1
+    if sharded:
+        trained = shard(unet)
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     scaler = torch.amp.GradScaler(torch.device(model.device).type, enabled=recipe.precision == "float16")
     ema = EMAModel(trained, decay=recipe.ema_decay, foreach=True)
     first_step = 0
     if state is not None:
         first_step = restore(state, unet, optimizer, scaler, ema)
-    parallel = DistributedDataParallel(unet) if world_size > 1 else unet
+    parallel = DistributedDataParallel(unet) if world_size > 1 and not sharded else unet
+    step_unet = torch.compile(parallel) if recipe.compile else parallel
     null_text = encode_text(model, token_ids(model, "")[None].to(model.device))[0]
-    window = _Window(first_step, recipe)
+    window = _Window(first_step, recipe, world_size)
 
     for step in range(first_step, recipe.steps):
-        generator = torch.Generator().manual_seed(digest("train", seed, rank, step))
-        indices = sample_indices(pairs.count, seed, step, rank, world_size, recipe.batch_size)
-        batch = pairs.batch(indices, torch.rand(len(indices), generator=generator))
-        drawn = draw(batch, recipe, len(model.schedule.alphas_cumprod), generator)
+        places = share(step, recipe.batch_size, rank, world_size)
+        drawn = draw(places, pairs, recipe, len(model.schedule.alphas_cumprod), seed)
+        batch = pairs.batch(sample_indices(pairs.count, seed, places), drawn.view)
         optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
         loss = torch.zeros((), device=model.device)
-        for rows in micro_batches(len(indices), recipe.micro_batch):
-            last = rows.stop == len(indices)  # then the ranks exchange gradients
-            with nullcontext() if last or world_size == 1 else parallel.no_sync():
+        for rows in micro_batches(len(places), recipe.micro_batch):
+            with synchronised(parallel, rows.stop == len(places)):
                 with autocast(model.device, recipe):
-                    part = denoising_loss(model, parallel, batch[rows], drawn[rows], null_text, recipe)
-                    part = part * (rows.stop - rows.start) / len(indices)
+                    part = denoising_loss(model, step_unet, batch[rows], drawn[rows], null_text, recipe)
+                # The ranks' gradients are averaged, and their shares of the batch may differ by one.
+                part = part * (rows.stop - rows.start) / recipe.batch_size * world_size
                 scaler.scale(part).backward()
             loss += part.detach()
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+        grad_norm = gathered(torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -111,17 +127,17 @@ def train(
         done = step + 1
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
             metrics = window.close(done, learning_rate(recipe, step))
-            if rank == 0:
+            if rank == 0 or sharded:
                 with averaged_weights(unet, trained, ema):
                     if validation is not None:
                         metrics["validation_loss"] = validation_loss(model, validation, null_text, recipe, seed)
                     if look is not None:
                         look(done)
             report(metrics, snapshot(done, unet, optimizer, scaler, ema))
-            window = _Window(done, recipe)
+            window = _Window(done, recipe, world_size)
         elif done % LOG_EVERY == 0:
             report(window.close(done, learning_rate(recipe, step)), None)
-            window = _Window(done, recipe)
+            window = _Window(done, recipe, world_size)
     return ema
 
 
@@ -142,13 +158,19 @@ def micro_batches(size: int, largest: int | None) -> list[slice]:
     return [slice(start, min(start + largest, size)) for start in range(0, size, largest)]
 
 
-def draw(batch: Batch, recipe: Train, train_timesteps: int, generator: torch.Generator) -> Draw:
-    """Noise, timesteps and dropout of a batch, on the CPU: the same on every device."""
-    size = len(batch.token_ids)
-    noise = torch.randn(batch.target_latents.shape, generator=generator)
-    timesteps = draw_timesteps(size, train_timesteps, generator)
-    u = torch.rand(size, generator=generator)
-    return Draw(noise, timesteps, *dropout_masks(u, recipe.drop_text, recipe.drop_image, recipe.drop_both))
+def draw(places: range, pairs: LatentPairs, recipe: Train, train_timesteps: int, seed: int) -> Draw:
+    """What is random about the samples in `places`: each by a generator of its own, on the CPU, so that a sample is the
+    same on every device and in any company."""
+    uniform, noise = torch.empty(len(places), 3), torch.empty(len(places), *pairs.latent_shape)
+    generator = torch.Generator()
+    for row, place in enumerate(places):
+        generator.manual_seed(digest("train", seed, place))
+        torch.rand(3, generator=generator, out=uniform[row])
+        torch.randn(pairs.latent_shape, generator=generator, out=noise[row])
+    in_batch = torch.tensor([place % recipe.batch_size for place in places])
+    view, u, dropout = uniform.unbind(1)
+    timesteps = stratified_timesteps(u, in_batch, recipe.batch_size, train_timesteps)
+    return Draw(view, noise, timesteps, *dropout_masks(dropout, recipe.drop_text, recipe.drop_image, recipe.drop_both))
 
 
 @torch.no_grad()
@@ -182,15 +204,16 @@ def validation_loss(model: TextToImage, pairs: LatentPairs, null_text: Tensor, r
 
     Nothing is dropped.
     """
-    plain = {"drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0, "min_snr_gamma": None}
-    recipe = recipe.model_copy(update=plain)
-    total, count = 0.0, min(pairs.count, 256)
+    count = min(pairs.count, 256)
     size = recipe.micro_batch or recipe.batch_size
+    plain = {"drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0, "min_snr_gamma": None, "batch_size": count}
+    recipe = recipe.model_copy(update=plain)
+    total = 0.0
     for start in range(0, count, size):
-        generator = torch.Generator().manual_seed(digest("validation", seed, start))
         indices = torch.arange(start, min(start + size, count))
+        places = range(start, start + len(indices))
+        drawn = draw(places, pairs, recipe, len(model.schedule.alphas_cumprod), digest("validation", seed))
         batch = pairs.batch(indices, torch.zeros(len(indices)))
-        drawn = draw(batch, recipe, len(model.schedule.alphas_cumprod), generator)
         total += denoising_loss(model, model.unet, batch, drawn, null_text, recipe).item() * len(indices)
     return total / count
 
@@ -209,31 +232,43 @@ def averaged_weights(unet: torch.nn.Module, trained: list[torch.nn.Parameter], e
 
 
 def snapshot(step: int, unet, optimizer, scaler, ema: EMAModel) -> State:
-    """All that `restore` needs to go on after `step` steps: plain containers, numbers and tensors."""
+    """All that `restore` needs to go on after `step` steps: plain containers, numbers and whole tensors.
+
+    By names of parameters, so that any number of ranks can go on, with DDP or with FSDP.
+    """
+    weights, of_optimizer = get_state_dict(unet, optimizer, options=StateDictOptions(full_state_dict=True))
+    averages = ema.state_dict()
+    averages["shadow_params"] = [gathered(average) for average in averages["shadow_params"]]
     return {
         "step": step,
-        "unet": unet.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "unet": weights,
+        "optimizer": of_optimizer,
         "scaler": scaler.state_dict(),
-        "ema": ema.state_dict(),
+        "ema": averages,
     }
 
 
 def restore(state: State, unet, optimizer, scaler, ema: EMAModel) -> int:
     """Undo `snapshot`; returns the number of steps already done."""
-    unet.load_state_dict(state["unet"])
-    optimizer.load_state_dict(state["optimizer"])
+    set_state_dict(
+        unet,
+        optimizer,
+        model_state_dict=state["unet"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(full_state_dict=True),
+    )
     scaler.load_state_dict(state["scaler"])
-    ema.load_state_dict(state["ema"])
-    ema.to(unet.device)
+    averages = [scattered(full, like) for full, like in zip(state["ema"]["shadow_params"], ema.shadow_params)]
+    ema.load_state_dict(state["ema"] | {"shadow_params": averages})
     return state["step"]
 
 
 class _Window:
     """Mean loss and speed since the last report; reads tensors from the device only when it closes."""
 
-    def __init__(self, first_step: int, recipe: Train) -> None:
+    def __init__(self, first_step: int, recipe: Train, world_size: int) -> None:
         self.first_step, self.recipe, self.started = first_step, recipe, time.perf_counter()
+        self.world_size = world_size
         self.losses: list[Tensor] = []
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
@@ -241,11 +276,13 @@ class _Window:
         self.grad_norm = grad_norm
 
     def close(self, done: int, learning_rate: float) -> dict[str, float]:
-        loss = torch.stack(self.losses).mean().item()
+        loss = torch.stack(self.losses).mean()
+        if self.world_size > 1:
+            dist.all_reduce(loss)
         seconds_per_step = (time.perf_counter() - self.started) / (done - self.first_step)
         return {
             "step": done,
-            "loss": loss,
+            "loss": loss.item() / self.world_size,
             "learning_rate": learning_rate,
             "grad_norm": self.grad_norm.item(),
             "samples_per_second": self.recipe.batch_size / seconds_per_step,

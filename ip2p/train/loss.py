@@ -1,16 +1,15 @@
 """The denoising objective on latents: noise, target, mean squared error."""
 
-import torch
 from torch import Tensor
 
 
-def draw_timesteps(batch_size: int, train_timesteps: int, generator: torch.Generator) -> Tensor:
-    """(B,) int64 timesteps in [0, train_timesteps), stratified: sample i falls into the i-th of B equal intervals.
+def stratified_timesteps(u: Tensor, places: Tensor, batch_size: int, train_timesteps: int) -> Tensor:
+    """(B,) int64 timesteps in [0, train_timesteps): the sample in place i of a batch falls into the i-th of its equal
+    intervals, where `u` (B,) in [0, 1) says.
 
     Uniform over a batch of shuffled samples, with less variance of the loss than independent draws.
     """
-    u = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-    return (u * train_timesteps).long().clamp(max=train_timesteps - 1)
+    return ((places + u) / batch_size * train_timesteps).long().clamp(max=train_timesteps - 1)
 
 
 # z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps   (Ho et al. 2020, eq. 4)

@@ -24,13 +24,15 @@ def base(tiny_sd: Path) -> TextToImage:
     return model
 
 
-def open_pairs(rows: list[dict], folder: Path, one_per_caption: bool = False) -> LatentPairs:
+def open_pairs(
+    rows: list[dict], folder: Path, one_per_caption: bool = False, fraction: float = 1.0, seed: int = 0
+) -> LatentPairs:
     """Rows of LATENTS, in two files, laid out and opened."""
     folder.mkdir(exist_ok=True)
     paths = [str(folder / "b.parquet"), str(folder / "a.parquet")]
     for path, part in zip(paths, (rows[::2], rows[1::2])):
         pq.write_table(pa.Table.from_pylist(part, schema=LATENTS), path)
-    lay_out(LocalFileSystem(), paths, "train", folder / "train")
+    lay_out(LocalFileSystem(), paths, "train", folder / "train", fraction, seed)
     return LatentPairs(folder / "train", one_per_caption)
 
 

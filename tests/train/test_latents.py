@@ -3,24 +3,40 @@ import pytest
 import torch
 
 from ip2p.train.encode import token_ids
-from ip2p.train.latents import sample_indices
+from ip2p.train.latents import sample_indices, share
 from tests.train.conftest import open_pairs, row
 
 
 def test_an_epoch_shows_every_pair_once_over_all_ranks():
-    seen = [
-        sample_indices(count=30, seed=1, step=step, rank=rank, world_size=2, batch_size=6)
-        for step in range(5)
-        for rank in range(2)
-    ]
+    seen = [sample_indices(30, 1, share(step, 6, rank, 2)) for step in range(5) for rank in range(2)]
     assert torch.cat(seen).sort().values.tolist() == list(range(30))
 
 
-def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks():
-    alone = sample_indices(count=7, seed=1, step=11, rank=0, world_size=1, batch_size=6)
-    shared = [sample_indices(count=7, seed=1, step=11, rank=rank, world_size=3, batch_size=6) for rank in range(3)]
-    assert torch.equal(torch.cat(shared), alone)
-    assert not torch.equal(alone, sample_indices(7, 2, 11, 0, 1, 6))
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(ranks):
+    alone = sample_indices(7, 1, share(11, 6, 0, 1))
+    shared = [sample_indices(7, 1, share(11, 6, rank, ranks)) for rank in range(ranks)]
+    assert torch.equal(torch.cat(shared).sort().values, alone.sort().values)
+    assert not torch.equal(alone, sample_indices(7, 2, share(11, 6, 0, 1)))
+
+
+def test_a_share_of_the_captions_with_all_their_pairs(base, tmp_path):
+    latents = np.ones((1, 4, 8, 8), np.float16)
+    ids = token_ids(base, "a").tolist()
+    rows = [
+        row(f"{caption}-{k}", ids, caption * latents, latents) | {"caption_id": str(caption)}
+        for caption in range(20)
+        for k in range(2)
+    ]
+    seen = {}
+    for fraction, seed in ((0.1, 0), (0.5, 0), (0.5, 1), (0.001, 0)):
+        pairs = open_pairs(rows, tmp_path / f"{fraction}-{seed}", fraction=fraction, seed=seed)
+        assert pairs.count == 2 * max(1, 20 * fraction)
+        seen[fraction, seed] = set(
+            pairs.batch(torch.arange(pairs.count), torch.zeros(pairs.count)).image_latents[:, 0, 0, 0].tolist()
+        )
+        assert len(seen[fraction, seed]) == pairs.count / 2, "captions are whole"
+    assert seen[0.001, 0] < seen[0.1, 0] < seen[0.5, 0] != seen[0.5, 1]
 
 
 def test_views_and_tokens_stay_with_their_pair(pairs):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ip2p.train.loss import add_noise, draw_timesteps, min_snr_weight, mse, prediction_target
+from ip2p.train.loss import add_noise, min_snr_weight, mse, prediction_target, stratified_timesteps
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -23,7 +23,10 @@ def test_unknown_prediction_type_is_refused():
 
 def test_timesteps_are_stratified_and_uniform():
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([draw_timesteps(8, 1000, generator) for _ in range(2000)])
+    places = torch.arange(8)
+    draws = torch.stack(
+        [stratified_timesteps(torch.rand(8, generator=generator), places, 8, 1000) for _ in range(2000)]
+    )
     assert ((draws >= torch.arange(8) * 125) & (draws < torch.arange(1, 9) * 125)).all()
     assert abs(draws.float().mean() - 499.5) < 1.5
     assert draws.min() == 0 and draws.max() == 999
