@@ -206,7 +206,7 @@ def evaluate_tflop(recipe: Recipe, assumed: Assumptions) -> float:
 def edits(recipe: Recipe) -> tuple[int, int]:
     """How many edits `sweep.plan_edits` plans: by editors, by SDEdit."""
     sweep: Evaluate = recipe.evaluate
-    models = len(EDITORS) if sweep.shipped else 1
+    models = (len(EDITORS) if sweep.shipped else 1) + len(sweep.models)
     curves = set(curve_scales(recipe))
     extra = len(curves | set(grid_scales(recipe))) - len(curves)
     by_editor = models * sweep.seeds * (sweep.images * len(curves) + min(sweep.grid_images, sweep.images) * extra)

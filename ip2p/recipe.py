@@ -506,6 +506,41 @@ class Sampling(Section):
     max_side: Pixels = Field(default=512, description="the longer side of what the model sees, in pixels")
 
 
+class OtherEditor(Section):
+    """An editor to evaluate beside those of the run and the recipe: a model, or what another run has trained."""
+
+    path: str | None = Field(default=None, description="hub id, or directory as diffusers saves an editor")
+    workspace: str | None = Field(default=None, description="folder of a run that has trained one, local or s3://...")
+    revision: str | None = Field(default=None, description="hub commit or tag; pin it, so that a rerun is the same run")
+    dtype: Precision = Field(default="float32", description="number format of the weights")
+
+    @model_validator(mode="after")
+    def _is_one(self):
+        if (self.path is None) == (self.workspace is None):
+            raise ValueError("give path or workspace, one of them")
+        return self
+
+
+class ChosenImage(Section):
+    """An image of yours, edited at every pair of the two scales (the paper's figure of Michelangelo's David)."""
+
+    image: str = Field(description="PNG, JPEG, WebP, ...: local or s3://...")
+    instruction: str = Field(description="what to do, e.g. turn him into a cyborg")
+
+
+class Judge(Section):
+    """A vision-language model that looks at every edit of the sweep and gives marks from 1 to 5, and says why."""
+
+    model: ModelRef = Field(description="a vision-language model that vLLM loads, with a chat template")
+    max_tokens: Positive = Field(default=512, description="a longer answer is cut, and the edit has no marks")
+    max_model_len: Positive = Field(default=8192, description="tokens of two images, the question and the answer")
+    batch_size: Positive = Field(default=32, description="edits handed to an engine at a time")
+    replicas: Positive = Field(default=1, description="vLLM engines")
+    engine: dict[str, Annotated[int | float | str | bool, BeforeValidator(_read_flag)]] = Field(
+        default_factory=dict, description="further vLLM engine arguments, e.g. gpu_memory_utilization: 0.9"
+    )
+
+
 class Evaluate(Section):
     """Stage 5: the two guidance scales swept over a held-out set; CLIP similarities, and truth where there is any."""
 
@@ -526,7 +561,16 @@ class Evaluate(Section):
         default=[0.3, 0.5, 0.7, 0.9], description="of the SDEdit baseline: 0 keeps the image, 1 starts from noise"
     )
     grid_images: Positive = Field(default=3, description="test images that are edited at every pair of the two scales")
+    chosen: ChosenImage | None = Field(
+        default=None, description="an image of yours to show at every pair of the two scales as well; null: none"
+    )
     shipped: bool = Field(default=True, description="evaluate models.editor beside the editor of this run")
+    models: dict[str, OtherEditor] = Field(
+        default_factory=dict, description="further editors by name, e.g. {ten_percent: {workspace: s3://bucket/ten}}"
+    )
+    judge: Judge | None = Field(
+        default=None, description="a vision-language model that marks every edit of the sweep; null: none"
+    )
     pair_captions: Positive = Field(
         default=40, description="captions whose pairs are made again and judged, where truth is known"
     )

@@ -10,14 +10,14 @@ from rich.table import Table
 
 from cluster.job import mistakes_told
 from ip2p.cli import load_settings
-from ip2p.evaluate.calibrate import Calibration, calibrate
+from ip2p.evaluate.calibrate import MIN_RECALL, Calibration, calibrate, judged_candidates
 from ip2p.evaluate.report import percent
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
 
 
 class Flags(BaseModel):
-    min_recall: float = Field(0.6, gt=0, le=1, description="share of the right candidates that must be accepted")
+    min_recall: float = Field(MIN_RECALL, gt=0, le=1, description="share of the right candidates that must be accepted")
 
 
 def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
@@ -26,13 +26,7 @@ def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
         raise ValueError(f"truth: {recipe.truth}: calibration needs pairs of which the truth is known (truth: oracle)")
     if not workspace.exists("evaluation", "pair_truth.parquet"):
         raise ValueError(f"{workspace.uri('evaluation/pair_truth.parquet')} is not there: run jobs.evaluate first")
-    captions = workspace.read_table("evaluation", "pair_truth.parquet").to_pylist()
-    candidates = [
-        candidate | {"caption_id": caption["caption_id"]}
-        for caption in captions
-        for candidate in caption["candidates"]
-        if candidate["shared"]
-    ]
+    candidates = judged_candidates(workspace)
     found = calibrate(candidates, recipe.pairs, min_recall)
     table = Table("filter", "accepted", "of the right ones", "right among accepted", "95% interval")
     for name, effect in (
@@ -44,7 +38,9 @@ def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
         rate = effect.precision
         interval = f"{percent(rate.low)} to {percent(rate.high)}"
         table.add_row(name, percent(effect.accepted), percent(effect.recall), percent(rate.mean), interval)
-    table.title = f"{len(candidates)} candidates of {len(captions)} captions, attention shared"
+    table.title = (
+        f"{len(candidates)} candidates of {len({row['caption_id'] for row in candidates})} captions, attention shared"
+    )
     Console().print(table)
     print(f"AUC of right against wrong: {found.direction_auc:.3f} by direction, {found.quality_auc:.3f} by quality")
     t = found.thresholds

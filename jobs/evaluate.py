@@ -1,7 +1,8 @@
 """Stage 5: sweep the two guidance scales over held-out images, judge every edit and every pair, write the report.
 
 test images x (editors, scales, seeds) -> EditScorer -> evaluation/metrics.parquet; where truth is known also
-instructions/ -> sample -> PairTruth -> evaluation/pair_truth.parquet; then report.html
+instructions/ -> sample -> PairTruth -> evaluation/pair_truth.parquet; with evaluate.judge also the same edits ->
+a vision-language model -> evaluation/judged.parquet (jobs.judge_edits); then report.html
 """
 
 import json
@@ -10,29 +11,25 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-from ray.data import ActorPoolStrategy, DataContext, SaveMode
-from ray.data.checkpoint import CheckpointConfig
+from ray.data import Dataset
 
-from cluster.connect import connect, uses_gpu
+from cluster.chain import chain, scored
+from cluster.connect import connect
 from cluster.job import job
-from cluster.progress import Counted, Tally, time_left
+from cluster.progress import Tally
 from ip2p.cli import load_settings
-from ip2p.evaluate.editors import available
+from ip2p.evaluate.editors import available, check_others
 from ip2p.evaluate.pair_truth import PairTruth, sample_captions
 from ip2p.evaluate.report import write_report
 from ip2p.evaluate.scorer import EditScorer
 from ip2p.evaluate.summary import Summary
-from ip2p.evaluate.sweep import SHIPPED, plan_edits
-from ip2p.evaluate.truth import test_set
+from ip2p.evaluate.sweep import SHIPPED, plan_edits, plan_grid, shown_editor
+from ip2p.evaluate.truth import chosen_case, test_set
 from ip2p.recipe import Recipe, locate
 from ip2p.records import digest
 from ip2p.workspace import Workspace
+from jobs import judge_edits
 
-# Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and tasks need room as well.
-ACTOR_CPUS = 0.4
-TASK_CPUS = 0.1
-CHECKPOINT_FILTER_BYTES = 64 * 2**20  # at least; Ray asks for more when the ids need more
 CAPTIONS_PER_TASK = 4
 
 
@@ -41,13 +38,23 @@ def run(recipe: Recipe, workspace: Workspace) -> Summary:
 
     Another model, or another recipe for it, starts anew. Raises `ValueError` when there is nothing to evaluate.
     """
-    started = time.perf_counter()
     check(recipe)
     names = editors(recipe, workspace)
     plan = fingerprint(recipe, workspace, names)
     if workspace.done("evaluation") and workspace.counts("evaluation")["plan"] == plan:
-        print(f"evaluate: done already, see {workspace.uri('report.html')}")
-        return write_report(recipe, workspace)
+        print("evaluate: the sweep is done already")
+    else:
+        sweep(recipe, workspace, names, plan)
+    if recipe.evaluate.judge is not None:
+        judge_edits.run(recipe, workspace)
+    summary = write_report(recipe, workspace)
+    print(f"evaluate: {workspace.uri('report.html')} is written")
+    return summary
+
+
+def sweep(recipe: Recipe, workspace: Workspace, names: list[str], plan: str) -> None:
+    """Make and score all edits, and judge pairs where truth is known."""
+    started = time.perf_counter()
     begin(workspace, plan)
     test = test_set(recipe, workspace)
     edits = plan_edits(recipe, test, names)
@@ -55,34 +62,59 @@ def run(recipe: Recipe, workspace: Workspace) -> Summary:
     write_part(workspace, test, "test")
     write_part(workspace, edits, "edits")
     connect()
-    rows_per_task = recipe.evaluate.batch_size
-    source, sink = "evaluation/edits", "evaluation/metrics.parquet"
-    chain(recipe, workspace, source, sink, "edit_id", EditScorer, (recipe, workspace, test), rows_per_task)
+    size = recipe.evaluate.batch_size
+    score(recipe, workspace, "edits", "metrics.parquet", "edit_id", EditScorer, (recipe, workspace, test), size)
     counts: dict[str, Any] = {"edits": edits.num_rows, "test_images": test.num_rows}
+    if recipe.evaluate.chosen is not None:
+        case = chosen_case(recipe.evaluate.chosen)
+        write_part(workspace, case, "chosen")
+        write_part(workspace, plan_grid(recipe, case, shown_editor(names)), "grid")
+        score(recipe, workspace, "grid", "grid.parquet", "edit_id", EditScorer, (recipe, workspace, case), size)
     if recipe.truth == "oracle" and workspace.exists("instructions"):
         captions = sample_captions(recipe, workspace)
         print(f"evaluate: pairs of {captions.num_rows} captions, with and without attention sharing, by the oracle")
         write_part(workspace, captions, "pair_captions")
-        source, sink = "evaluation/pair_captions", "evaluation/pair_truth.parquet"
-        chain(recipe, workspace, source, sink, "caption_id", PairTruth, (recipe,), CAPTIONS_PER_TASK)
+        sink = "pair_truth.parquet"
+        score(recipe, workspace, "pair_captions", sink, "caption_id", PairTruth, (recipe,), CAPTIONS_PER_TASK)
         counts["pair_captions"] = captions.num_rows
     workspace.mark_done("evaluation", plan=plan, **counts)
     seconds = time.perf_counter() - started
     workspace.record("evaluate", recipe=recipe.model_dump(mode="json"), seconds=seconds, **counts)
-    summary = write_report(recipe, workspace)
-    print(f"evaluate: {workspace.uri('report.html')} is written")
-    return summary
+
+
+def score(
+    recipe: Recipe,
+    workspace: Workspace,
+    source: str,
+    sink: str,
+    id_column: str,
+    actor: type,
+    arguments: tuple,
+    rows_per_task: int,
+) -> None:
+    """`evaluation/<source>` -> actors -> `evaluation/<sink>`."""
+
+    def by_actors(rows: Dataset, tally: Tally) -> Dataset:
+        return scored(rows, tally, recipe, actor, arguments, rows_per_task)
+
+    chain(workspace, f"evaluation/{source}", f"evaluation/{sink}", id_column, rows_per_task, by_actors)
 
 
 def check(recipe: Recipe) -> None:
-    """Raises `ValueError`, naming the key, when the shipped editor is to be evaluated and is not there."""
+    """Raises `ValueError`, naming the key, when an editor to be evaluated, the judge or the image is not there."""
     if recipe.evaluate.shipped:
         locate(recipe.models.editor.path, "models.editor.path")
+    check_others(recipe)
+    if recipe.evaluate.judge is not None:
+        locate(recipe.evaluate.judge.model.path, "evaluate.judge.model.path")
+    if recipe.evaluate.chosen is not None:
+        chosen_case(recipe.evaluate.chosen)
 
 
 def editors(recipe: Recipe, workspace: Workspace) -> list[str]:
     """Names of the editors to evaluate."""
     names = [name for name in available(workspace) if recipe.evaluate.shipped or name != SHIPPED]
+    names += recipe.evaluate.models
     if not names:
         raise ValueError(
             f"{workspace.location} has no model: run jobs.train, or evaluate the shipped one (evaluate.shipped: true)"
@@ -91,12 +123,13 @@ def editors(recipe: Recipe, workspace: Workspace) -> list[str]:
 
 
 def fingerprint(recipe: Recipe, workspace: Workspace, names: list[str]) -> str:
-    """Changes when results would: with the recipe's keys that matter here, and with the trained model."""
+    """Changes when results would: with the recipe's keys that matter here, and with the trained models."""
     keys = recipe.model_dump(mode="json", include={"seed", "truth", "models", "pairs", "sampling", "evaluate"})
-    for how_fast in ("batch_size", "replicas"):
-        del keys["evaluate"][how_fast]
+    for other in ("batch_size", "replicas", "judge"):  # how fast; and the judge looks at the same edits
+        del keys["evaluate"][other]
     del keys["models"]["dino"]  # of jobs.evaluate_benchmark
-    trained = workspace.counts("model") if workspace.done("model") else None
+    others = [Workspace(other.workspace) for other in recipe.evaluate.models.values() if other.workspace is not None]
+    trained = [run.counts("model") if run.done("model") else None for run in (workspace, *others)]
     return f"{digest(json.dumps([keys, trained, names], sort_keys=True)):016x}"
 
 
@@ -117,60 +150,6 @@ def begin(workspace: Workspace, plan: str) -> None:
 def write_part(workspace: Workspace, table: pa.Table, folder: str) -> None:
     with workspace.open_out("evaluation", folder, "part-0.parquet") as file:
         pq.write_table(table, file)
-
-
-def chain(
-    recipe: Recipe,
-    workspace: Workspace,
-    source: str,
-    sink: str,
-    id_column: str,
-    actor: type,
-    arguments: tuple,
-    rows_per_task: int,
-) -> None:
-    """`source` -> actors -> `sink`, one row for each row; those written before are passed by."""
-    checkpoints = CheckpointConfig(
-        id_column=id_column,
-        checkpoint_path=workspace.uri("checkpoints", source),
-        delete_checkpoint_on_success=False,
-    )
-    checkpoints.checkpoint_actor_pool_max_size = 1
-    checkpoints.checkpoint_actor_memory_bytes = CHECKPOINT_FILTER_BYTES
-    context = DataContext.get_current()
-    context.checkpoint_config = checkpoints
-    light: dict[str, Any] = {"num_cpus": TASK_CPUS}
-    tally, to_do = Tally("evaluate"), workspace.read_table(source, columns=[id_column]).num_rows
-    if workspace.exists(sink):
-        to_do -= workspace.read_table(sink, columns=[id_column]).num_rows
-    name = source.rsplit("/", 1)[-1]
-    try:
-        with tally.shown(lambda counts, seconds: progress_line(name, counts["rows"], to_do, seconds)):
-            (
-                ray.data.read_parquet(workspace.path(source), filesystem=workspace.fs, num_cpus=TASK_CPUS)
-                .repartition(target_num_rows_per_block=rows_per_task)
-                .map_batches(
-                    Counted,  # pyright: ignore[reportArgumentType]
-                    fn_constructor_args=(actor, arguments, tally, lambda rows: {"rows": rows.num_rows}),
-                    batch_format="pyarrow",
-                    batch_size=rows_per_task,
-                    compute=ActorPoolStrategy(size=recipe.evaluate.replicas),
-                    num_cpus=ACTOR_CPUS,
-                    num_gpus=1 if uses_gpu(recipe.device) else 0,
-                )
-                .write_parquet(
-                    workspace.path(sink),
-                    filesystem=workspace.fs,
-                    mode=SaveMode.APPEND,
-                    ray_remote_args=light,
-                )
-            )
-    finally:
-        context.checkpoint_config = None  # it is the whole process's, and other stages have other ids
-
-
-def progress_line(what: str, done: int, to_do: int, seconds: float) -> str:
-    return f"{what.replace('_', ' ')} {done:,} of {to_do:,}; {time_left(done, to_do, seconds)}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from pydantic_settings import CliImplicitFlag
 from rich.console import Console
 from rich.table import Table
 
+from cluster.chain import chain, scored
 from cluster.connect import connect
 from cluster.job import job
 from ip2p.cli import load_settings
@@ -37,7 +38,7 @@ from ip2p.evaluate.report import write_report
 from ip2p.recipe import Recipe
 from ip2p.records import digest
 from ip2p.workspace import Workspace
-from jobs.evaluate import chain, check, editors
+from jobs.evaluate import check, editors
 
 SESSIONS_PER_FILE = 32  # some MB each
 SESSIONS_PER_TASK = 4  # what a crash can cost
@@ -77,9 +78,13 @@ def run(recipe: Recipe, workspace: Workspace, benchmark: str, overwrite: bool = 
         modes = (SINGLE, MULTI) if layout.turn else (SINGLE,)
         arguments = (recipe, workspace, names, modes)
         chain(
-            recipe, workspace, "benchmark/sessions", "benchmark/edits", "id", BenchmarkScorer, arguments,
+            workspace,
+            "benchmark/sessions",
+            "benchmark/edits",
+            "id",
             SESSIONS_PER_TASK,
-        )  # fmt: skip
+            lambda rows, tally: scored(rows, tally, recipe, BenchmarkScorer, arguments, SESSIONS_PER_TASK),
+        )
         counts |= write_metrics(workspace)
         workspace.mark_done("benchmark", **counts)
         seconds = time.perf_counter() - started
@@ -96,7 +101,8 @@ def decisive(
 ) -> dict[str, Any]:
     """What decides the results: keys of the recipe, the trained model, and the files of the benchmark."""
     keys = recipe.model_dump(
-        mode="json", include={"seed": True, "sampling": True, "models": {"clip", "dino", "editor"}}
+        mode="json",
+        include={"seed": True, "sampling": True, "models": {"clip", "dino", "editor"}, "evaluate": {"models"}},
     )
     sizes = [(info.path.removeprefix(source.root), info.size) for info in source.fs.get_file_info(files)]
     return keys | {

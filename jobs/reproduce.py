@@ -14,7 +14,7 @@ from cluster.job import job
 from ip2p.cli import load_settings
 from ip2p.evaluate.metrics import Estimate
 from ip2p.evaluate.report import duration, percent, points
-from ip2p.evaluate.summary import NAMES, Summary, summarize
+from ip2p.evaluate.summary import Summary, name_of, summarize
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
 from jobs import edit_captions, evaluate, export_dataset, generate_pairs, train
@@ -68,7 +68,7 @@ def results(summary: Summary) -> list[Table]:
         table = new_table("the two guidance scales", "editor", "scale", "raises", "from", "to", "monotone within error")
         for curve, scale, metric, trend in curves:
             ends = (f"{mean.mean:.3f}" for mean in (trend.means[0], trend.means[-1]))
-            table.add_row(NAMES[curve.model], scale, metric, *ends, "yes" if trend.monotone else "no")
+            table.add_row(name_of(curve.model), scale, metric, *ends, "yes" if trend.monotone else "no")
         tables.append(table)
     if summary.accuracies and summary.accuracies[0].success:
         table = new_table(
@@ -76,7 +76,7 @@ def results(summary: Summary) -> list[Table]:
         )
         for result in summary.accuracies:
             if result.success:
-                table.add_row(NAMES[result.model], *cells(result.success))
+                table.add_row(name_of(result.model), *cells(result.success))
         tables.append(table)
     return tables
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from ip2p.evaluate.benchmarks import METRICS, MULTI, SINGLE
 from ip2p.evaluate.metrics import Estimate, by_case, estimate
-from ip2p.evaluate.summary import NAMES, Row
-from ip2p.evaluate.sweep import EDITORS, UNCHANGED
+from ip2p.evaluate.summary import Row, name_of
+from ip2p.evaluate.sweep import UNCHANGED, editors_of
 from ip2p.workspace import Workspace
 
 LABELS = {
@@ -56,8 +56,7 @@ def summarize_benchmark(workspace: Workspace) -> list[BenchmarkTable]:
 
 def _table(title: str, rows: list[Row]) -> BenchmarkTable:
     """The interval is over sessions: the turns of one are not independent."""
-    there = {row["model"] for row in rows}
-    models = [model for model in (*EDITORS, UNCHANGED) if model in there]
+    models = [*editors_of(rows), UNCHANGED]
     ok, failed = (
         [sum((row["status"] == "ok") is done and row["model"] == m for row in rows) for m in models]
         for done in (True, False)
@@ -69,4 +68,4 @@ def _table(title: str, rows: list[Row]) -> BenchmarkTable:
         for name in METRICS.names
         if any(row[name] is not None for row in rows)
     }
-    return BenchmarkTable(title, [NAMES[model] for model in models], means, ok, failed)
+    return BenchmarkTable(title, [name_of(model) for model in models], means, ok, failed)

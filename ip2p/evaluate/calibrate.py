@@ -17,7 +17,9 @@ from ip2p.evaluate.metrics import Estimate, by_case, estimate
 from ip2p.pairs.filter import ACCEPTED, quality, verdict
 from ip2p.recipe import Pairs, Quality, Thresholds
 from ip2p.records import digest
+from ip2p.workspace import Workspace
 
+MIN_RECALL = 0.6  # share of the right candidates that a filter must accept, unless told otherwise
 STEP = 0.05  # of the thresholds tried: finer ones would fit the sample
 NOTHING = Pairs(thresholds=Thresholds(image=-2, image_max=2, direction=-2, agreement=-2))
 SIMILARITIES = ("clip_sim_image", "clip_sim_dir", "clip_sim_0", "clip_sim_1")  # in the order of Quality's weights
@@ -49,7 +51,7 @@ class Calibration:
 def calibrate(candidates: Sequence[dict], present: Pairs, min_recall: float) -> Calibration:
     """Choose a filter for `candidates`: rows with caption_id, the clip_sim_* and `success`.
 
-    Raises ValueError when none or all of them are right: then there is nothing to tell apart.
+    Raises ValueError when there are too few to choose by: none or all of them, or of half of the captions', are right.
     """
     right = sum(row["success"] for row in candidates)
     if right in (0, len(candidates)):
@@ -57,6 +59,9 @@ def calibrate(candidates: Sequence[dict], present: Pairs, min_recall: float) -> 
     halves: list[list[dict]] = [[], []]
     for row in candidates:
         halves[digest("calibrate", row["caption_id"]) % 2].append(row)
+
+    if any(len({row["success"] for row in half}) < 2 for half in halves):
+        raise ValueError("one half of the captions has right candidates alone, or wrong ones: judge more captions")
 
     def on_others(choose: Callable[[Sequence[dict]], Pairs]) -> list[dict]:
         return mark(halves[1], choose(halves[0])) + mark(halves[0], choose(halves[1]))
@@ -72,6 +77,16 @@ def calibrate(candidates: Sequence[dict], present: Pairs, min_recall: float) -> 
         direction_auc=_auc(candidates, "clip_sim_dir"),
         quality_auc=_auc(by_quality, "quality"),
     )
+
+
+def judged_candidates(workspace: Workspace) -> list[dict]:
+    """The candidates of evaluation/pair_truth.parquet that were made with attention sharing, with their caption ids."""
+    return [
+        candidate | {"caption_id": caption["caption_id"]}
+        for caption in workspace.read_table("evaluation", "pair_truth.parquet").to_pylist()
+        for candidate in caption["candidates"]
+        if candidate["shared"]
+    ]
 
 
 def mark(candidates: Sequence[dict], settings: Pairs) -> list[dict]:

@@ -1,6 +1,6 @@
 """Line charts as inline SVG: they follow the page's colours, so one file serves light and dark mode.
 
-Series colours come from the CSS classes `s0`, `s1`, … of the page that holds the chart.
+Series colours come from the CSS classes `s0` to `s7` of the page that holds the chart; the ninth has the first's.
 """
 
 import math
@@ -10,6 +10,7 @@ from html import escape
 from ip2p.evaluate.metrics import Estimate
 
 WIDTH, HEIGHT = 420, 280
+COLOURS = 8
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 42
 
 
@@ -82,7 +83,7 @@ def line_chart(series: list[Series], x_title: str, y_title: str, title: str) -> 
     turned = f"translate(12 {half_way}) rotate(-90)"
     parts.append(f'<text transform="{turned}" text-anchor="middle">{escape(y_title)}</text>')
     for k, line in enumerate(shown):
-        parts.append(_line(line, f"s{k}", at))
+        parts.append(_line(line, f"s{k % COLOURS}", at))
     parts.append("</svg>")
     return "".join(parts)
 
@@ -111,5 +112,9 @@ def _line(line: Series, css: str, at) -> str:
 
 def legend(series: list[Series]) -> str:
     """The names of the series with their colours, as HTML that wraps on a narrow screen."""
-    keys = [f'<span class="key s{k}"><i></i>{escape(line.name)}</span>' for k, line in enumerate(series) if line.points]
+    keys = [
+        f'<span class="key s{k % COLOURS}"><i></i>{escape(line.name)}</span>'
+        for k, line in enumerate(series)
+        if line.points
+    ]
     return "".join(keys)

@@ -1,12 +1,12 @@
-"""Where the editors lie: the one that this workspace trained, and the shipped one."""
+"""Where the editors lie: the one that this workspace trained, the shipped one, and others that the recipe names."""
 
 import tempfile
 
 import pyarrow.fs as pafs
 
-from ip2p.evaluate.sweep import SHIPPED, WORKSPACE
+from ip2p.evaluate.sweep import SDEDITS, SHIPPED, UNCHANGED, WORKSPACE
 from ip2p.models import TextToImage, load_text_to_image
-from ip2p.recipe import ModelRef, Recipe
+from ip2p.recipe import ModelRef, Precision, Recipe, locate
 from ip2p.workspace import Workspace
 
 
@@ -21,18 +21,41 @@ def version_folder(name: str) -> tuple[str, ...]:
     return ("model",) if name == WORKSPACE else ("versions", name)
 
 
+def check_others(recipe: Recipe) -> None:
+    """Raises `ValueError`, naming the key, for an editor of `evaluate.models` that is not there, or a name taken."""
+    for name, other in recipe.evaluate.models.items():
+        key = f"evaluate.models.{name}"
+        if name in (WORKSPACE, SHIPPED, UNCHANGED, *SDEDITS):
+            raise ValueError(f"{key}: the name is taken, choose another one")
+        if other.path is not None:
+            locate(other.path, f"{key}.path")
+        elif other.workspace is not None and not Workspace(other.workspace).done("model"):
+            raise ValueError(f"{key}.workspace: {other.workspace} has no trained model; run jobs.train on it")
+
+
 def load_editor(recipe: Recipe, workspace: Workspace | None, name: str) -> TextToImage:
-    """Load one of `available`, or a folder of the workspace's versions/; one in a bucket is fetched first.
+    """Load one of `available`, of `evaluate.models`, or of the workspace's versions/; one in a bucket is fetched first.
 
     Raises `ValueError` when it is not there or no editor.
     """
     if name == SHIPPED:
         return load_text_to_image(recipe.models.editor, None, recipe.device, "models.editor")
+    if other := recipe.evaluate.models.get(name):
+        key = f"evaluate.models.{name}"
+        if other.path is not None:
+            ref = ModelRef(path=other.path, revision=other.revision, dtype=other.dtype)
+            return load_text_to_image(ref, None, recipe.device, key)
+        assert other.workspace is not None
+        return _trained(Workspace(other.workspace), version_folder(WORKSPACE), other.dtype, recipe.device, key)
     assert workspace is not None
     folder = version_folder(name)
-    dtype, key = recipe.models.editor.dtype, f"the editor {'/'.join(folder)} of {workspace.location}"
+    key = f"the editor {'/'.join(folder)} of {workspace.location}"
+    return _trained(workspace, folder, recipe.models.editor.dtype, recipe.device, key)
+
+
+def _trained(workspace: Workspace, folder: tuple[str, ...], dtype: Precision, device: str, key: str) -> TextToImage:
     if isinstance(workspace.fs, pafs.LocalFileSystem):
-        return load_text_to_image(ModelRef(path=workspace.path(*folder), dtype=dtype), None, recipe.device, key)
+        return load_text_to_image(ModelRef(path=workspace.path(*folder), dtype=dtype), None, device, key)
     with tempfile.TemporaryDirectory() as directory:
         pafs.copy_files(workspace.path(*folder), directory, source_filesystem=workspace.fs)
-        return load_text_to_image(ModelRef(path=directory, dtype=dtype), None, recipe.device, key)
+        return load_text_to_image(ModelRef(path=directory, dtype=dtype), None, device, key)

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 RESAMPLES = 2000
+AUC_RESAMPLES = 500  # each is a pass over all rows
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,30 @@ def _interval(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         low, high = np.nanpercentile(resampled, (2.5, 97.5), axis=0)
     return low, high
+
+
+# AUC = P(score of a right one > that of a wrong one) + P(equal) / 2 (Mann-Whitney)
+def auc(rows: Sequence[dict], score: str, right: str, case: str = "caption_id") -> Estimate:
+    """How well `score` tells right rows from wrong ones, 0 to 1, with its 95% interval; 0.5 is by chance.
+
+    Rows without score or truth are left out; NaN when they are all right or all wrong.
+    """
+    rows = [row for row in rows if row[score] is not None and row[right] is not None]
+    truth = np.array([row[right] for row in rows], bool)
+    if truth.all() or not truth.any():
+        return Estimate(float("nan"), float("nan"), float("nan"), len(rows))
+    values, level = np.unique([row[score] for row in rows], return_inverse=True)
+    ids = {case_id: n for n, case_id in enumerate(sorted({row[case] for row in rows}))}
+    case_of = np.array([ids[row[case]] for row in rows])
+
+    def area(weights: np.ndarray) -> float:
+        good, bad = (np.bincount(level[side], weights[side], len(values)) for side in (truth, ~truth))
+        below = np.cumsum(bad) - bad / 2
+        with np.errstate(invalid="ignore"):
+            return float((good @ below) / (good.sum() * bad.sum()))
+
+    low, high = _interval(np.array([area(drawn[case_of]) for drawn in _draws(len(ids), AUC_RESAMPLES, 0)]))
+    return Estimate(area(np.ones(len(rows))), float(low), float(high), len(rows))
 
 
 def trend(sums: np.ndarray, counts: np.ndarray) -> Trend:

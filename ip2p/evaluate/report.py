@@ -10,10 +10,19 @@ from markupsafe import Markup
 
 from ip2p.evaluate import charts
 from ip2p.evaluate.benchmark_summary import summarize_benchmark
+from ip2p.evaluate.calibrate import MIN_RECALL
 from ip2p.evaluate.metrics import Estimate
-from ip2p.evaluate.summary import NAMES, Curve, Row, Summary, summarize
-from ip2p.evaluate.sweep import EDITORS
-from ip2p.evaluate.views import accepted_pairs, comparison, failed_candidates, guidance_grids, shown_rows
+from ip2p.evaluate.summary import Curve, Row, Summary, name_of, summarize
+from ip2p.evaluate.sweep import is_editor
+from ip2p.evaluate.views import (
+    accepted_pairs,
+    comparison,
+    failed_candidates,
+    guidance_grids,
+    judged_cases,
+    rejected_pairs,
+    shown_rows,
+)
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
 
@@ -40,6 +49,7 @@ def render(recipe: Recipe, workspace: Workspace, summary: Summary) -> str:
     """The report as HTML."""
     helpers = {
         "percent": percent, "points": points, "interval_text": interval_text, "heat": heat,
+        "number": number, "min_recall": MIN_RECALL,
         "finite": lambda value: value if math.isfinite(value) else 0.0,
     }  # fmt: skip
     rows = shown_rows(workspace)
@@ -47,8 +57,8 @@ def render(recipe: Recipe, workspace: Workspace, summary: Summary) -> str:
     return template("report.html.j2").render(
         **helpers,
         recipe=recipe,
-        names=NAMES,
-        editors=EDITORS,
+        name_of=name_of,
+        is_editor=is_editor,
         truth=recipe.truth == "oracle",
         title=f"InstructPix2Pix, {recipe.name}",
         subtitle=f"seed {recipe.seed} · every number below is from this run",
@@ -57,6 +67,7 @@ def render(recipe: Recipe, workspace: Workspace, summary: Summary) -> str:
         funnel=summary.funnel,
         funnel_note=funnel_note(summary),
         accepted=accepted_pairs(workspace),
+        rejected=rejected_pairs(workspace),
         failures=failed_candidates(workspace),
         pair_truth=summary.pair_truth,
         pair_truth_note=pair_truth_note(recipe, summary),
@@ -65,6 +76,11 @@ def render(recipe: Recipe, workspace: Workspace, summary: Summary) -> str:
         accuracies=summary.accuracies,
         accuracy_note=accuracy_note(recipe),
         kinds=sorted({kind for result in summary.accuracies for kind in result.by_kind}),
+        attributes=sorted({name for result in summary.accuracies for name in result.by_attribute}),
+        predictions=summary.predictions,
+        calibration=summary.calibration,
+        marks=summary.marks,
+        judged=judged_cases(recipe, workspace),
         comparison=comparison(recipe, workspace, rows),
         benchmark=summarize_benchmark(workspace),
         training=training_section(workspace),
@@ -82,6 +98,11 @@ def interval_text(rate: Estimate) -> str:
     if not math.isfinite(rate.mean):
         return "no samples"
     return f"{percent(rate.mean)} ({100 * rate.low:.0f}–{100 * rate.high:.0f}), n {rate.count}"
+
+
+def number(mean: Estimate) -> str:
+    """A mean of three digits with its interval."""
+    return f"{mean.mean:.3f} ({mean.low:.3f}–{mean.high:.3f})" if math.isfinite(mean.mean) else "–"
 
 
 def points(gain: Estimate) -> str:
@@ -110,6 +131,10 @@ def headline(summary: Summary) -> list[tuple[str, str]]:
         found.append(
             (f"{funnel.pairs:,}", f"pairs kept of {funnel.candidates:,} candidates for {funnel.captions:,} captions")
         )
+        if funnel.device_seconds_per_pair:
+            cost = f"{funnel.device_seconds_per_pair:.2g} s"
+            samples = funnel.unet_samples_per_pair or 0
+            found.append((cost, f"of a device for each pair kept: {samples:,.0f} samples through the UNet"))
     if truth := summary.pair_truth:
         kept, drawn, plain = (
             truth.rates[way].mean for way in ("shared, filtered", "shared attention", "same noise only")
@@ -121,13 +146,13 @@ def headline(summary: Summary) -> list[tuple[str, str]]:
             )
         )
     for result in summary.accuracies:
-        if result.model in EDITORS and result.success:
+        if is_editor(result.model) and result.success:
             others = ", ".join(
-                f"{NAMES[other.model]} {percent(other.success.mean)}"
+                f"{name_of(other.model)} {percent(other.success.mean)}"
                 for other in summary.accuracies
-                if other.model not in EDITORS and other.success
+                if not is_editor(other.model) and other.success
             )
-            found.append((percent(result.success.mean), f"of edits right with {NAMES[result.model]} ({others})"))
+            found.append((percent(result.success.mean), f"of edits right with {name_of(result.model)} ({others})"))
     if summary.seconds:
         found.append((duration(sum(summary.seconds.values())), "for all stages together"))
     return found
@@ -190,7 +215,7 @@ def curve_section(summary: Summary) -> dict:
         truth = [scale_series(curve, curve.success or []) for curve in curves]
         drawn.append((truth, "image guidance s_I", "oracle: edit right", "Carried out and all else preserved."))
     trends = [
-        {"model": NAMES[curve.model], "scale": scale, "metric": metric, "of": getattr(curve, attribute)}
+        {"model": name_of(curve.model), "scale": scale, "metric": metric, "of": getattr(curve, attribute)}
         for curves, scale, metric, attribute in (
             (summary.image_guidance, "s_I", "image similarity", "image"),
             (summary.text_guidance, "s_T", "direction", "direction"),
@@ -208,7 +233,7 @@ def curve_section(summary: Summary) -> dict:
 
 def scale_series(curve: Curve, means: list[Estimate]) -> charts.Series:
     found = [charts.Point(scale, mean) for scale, mean in zip(curve.scales, means, strict=True)]
-    return charts.Series(NAMES[curve.model], found)
+    return charts.Series(name_of(curve.model), found)
 
 
 def plane_series(curve: Curve, scale_name: str) -> charts.Series:
@@ -217,7 +242,7 @@ def plane_series(curve: Curve, scale_name: str) -> charts.Series:
     for n, (scale, x, y) in enumerate(zip(curve.scales, curve.image.means, curve.direction.means, strict=True)):
         label = f"{scale_name} {scale:g}" if n in (0, len(curve.scales) - 1) else ""
         found.append(charts.Point(x.mean, y, label, (x.low, x.high)))
-    return charts.Series(NAMES[curve.model], found)
+    return charts.Series(name_of(curve.model), found)
 
 
 def training_section(workspace: Workspace) -> dict | None:

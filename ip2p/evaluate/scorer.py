@@ -11,7 +11,7 @@ from ip2p.clip_similarity import ClipSimilarity, similarities
 from ip2p.edit.editor import Editor, EditRequest
 from ip2p.evaluate.editors import load_editor
 from ip2p.evaluate.sdedit import SDEdit, SDEditRequest
-from ip2p.evaluate.sweep import METRICS, SDEDIT, SDEDITS, UNCHANGED
+from ip2p.evaluate.sweep import METRICS, SDEDIT, SDEDITS, TRUTHS, UNCHANGED
 from ip2p.evaluate.truth import judge
 from ip2p.models import load_clip, load_text_to_image
 from ip2p.recipe import Recipe
@@ -23,7 +23,8 @@ class EditScorer:
 
     Args:
         workspace: where this run's editor lies.
-        test: the test cases, columns sweep.TEST.
+        test: the test cases, columns sweep.TEST. Those without captions have no direction and no truth; all of them
+            have captions, or none.
     """
 
     def __init__(self, recipe: Recipe, workspace: Workspace, test: pa.Table):
@@ -45,18 +46,23 @@ class EditScorer:
         cases = [self.cases[row["caption_id"]] for row in rows]
         results = self._edit(model, rows, cases)
         pictures = embed_images(self.clip, [case["image"] for case in cases]), embed_images(self.clip, results)
-        texts = [self.clip.embed_texts([case[key] for case in cases]) for key in ("original_prompt", "edited_prompt")]
+        told = cases[0]["edited_prompt"] is not None  # of a chosen image nobody knows captions
+        texts = [
+            self.clip.embed_texts([case[key] or "" for case in cases]) for key in ("original_prompt", "edited_prompt")
+        ]
         scores = similarities(*pictures, *texts)
-        wanted = ("clip_sim_image", "clip_sim_dir", "clip_sim_1")
+        wanted = ("clip_sim_image", "clip_sim_dir", "clip_sim_1") if told else ("clip_sim_image",)
         scored = [
             row | {name: scores[name][n].item() for name in wanted} | {"image": images.encode(results[n])}
             for n, row in enumerate(rows)
         ]
-        if self.recipe.truth == "oracle":
+        if self.recipe.truth == "oracle" and told:
             truths = judge([case["image"] for case in cases], [row["instruction"] for row in rows], results)
-            names = ("carried_out", "preserved", "valid", "success")
             scored = [
-                row | {name: getattr(truth, name) for name in names} for row, truth in zip(scored, truths, strict=True)
+                row
+                | {name: getattr(truth, name) for name in TRUTHS}
+                | {f"preserved_{name}": kept for name, kept in truth.kept.items()}
+                for row, truth in zip(scored, truths, strict=True)
             ]
         return scored
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ip2p.evaluate.metrics import Estimate, Trend, by_case, difference, estimate, trend
-from ip2p.evaluate.sweep import EDITORS, METRICS, SDEDITS, UNCHANGED
+from ip2p.evaluate.calibrate import MIN_RECALL, Calibration, calibrate, judged_candidates
+from ip2p.evaluate.judge import MARKS
+from ip2p.evaluate.metrics import Estimate, Trend, auc, by_case, difference, estimate, trend
+from ip2p.evaluate.sweep import METRICS, SDEDITS, TRUTHS, UNCHANGED, editors_of, is_editor
+from ip2p.miniature.oracle import ATTRIBUTES
 from ip2p.pairs.filter import ACCEPTED
 from ip2p.pairs.funnel import COLUMNS, funnel
 from ip2p.recipe import Recipe
@@ -23,6 +26,11 @@ NAMES = {
     "sdedit": "SDEdit by the edited caption",
     "sdedit_instruction": "SDEdit by the instruction",
 }
+
+
+def name_of(model: str) -> str:
+    """What people read: those of `evaluate.models` go by the names that the recipe gives them."""
+    return NAMES.get(model, model)
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,27 @@ class Accuracy:
     preserved: Estimate | None
     valid: Estimate | None
     by_kind: dict[str, Estimate]
+    by_attribute: dict[str, Estimate]  # of what the edit leaves alone; empty without truth
+    by_seed: list[tuple[Estimate, Estimate, Estimate | None]]  # image similarity, direction, success of each draw
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How well a similarity tells right from wrong: the AUC."""
+
+    of: str
+    by: str
+    auc: Estimate
+
+
+@dataclass(frozen=True)
+class Marks:
+    """A judge's marks, 1 to 5, for one model, where `Accuracy` is measured; failed: edits without marks."""
+
+    model: str
+    setting: str
+    means: dict[str, Estimate]
+    failed: int
 
 
 @dataclass(frozen=True)
@@ -100,6 +129,9 @@ class Summary:
     image_guidance: list[Curve]  # s_I swept
     text_guidance: list[Curve]  # s_T swept
     sdedit: list[Curve]  # strength swept
+    predictions: list[Prediction]
+    calibration: Calibration | str | None  # or why there is none, where truth is known
+    marks: list[Marks]
     seconds: dict[str, float]
 
 
@@ -107,7 +139,7 @@ def summarize(recipe: Recipe, workspace: Workspace) -> Summary:
     """All numbers of a workspace; the parts that have not run are None or empty."""
     rows = metric_rows(workspace)
     sweep = recipe.evaluate
-    models = [model for model in EDITORS if any(row["model"] == model for row in rows)]
+    models = editors_of(rows)
     stages = workspace.run().get("stages", {})
     return Summary(
         answers=summarize_answers(workspace),
@@ -129,6 +161,9 @@ def summarize(recipe: Recipe, workspace: Workspace) -> Summary:
             if len(sweep.guidance_scale) > 1
         ],
         sdedit=[curve(rows, model, "strength", sweep.sdedit_strengths) for model in SDEDITS if rows],
+        predictions=predictions(workspace, rows),
+        calibration=summarize_calibration(recipe, workspace),
+        marks=judge_marks(recipe, workspace),
         seconds={stage: facts["seconds"] for stage, facts in stages.items() if "seconds" in facts},
     )
 
@@ -218,11 +253,11 @@ def default_rows(recipe: Recipe, rows: list[Row], model: str) -> tuple[str, list
     Best by truth, without truth by direction: the baseline gets the benefit of the choice.
     """
     rows = [row for row in rows if row["model"] == model]
-    if model in EDITORS:
+    if is_editor(model):
         s_text, s_image = recipe.sampling.guidance_scale, recipe.sampling.image_guidance_scale
         at = [row for row in rows if (row["guidance_scale"], row["image_guidance_scale"]) == (s_text, s_image)]
         return f"s_T {s_text:g}, s_I {s_image:g}", at
-    if model not in SDEDITS:
+    if model not in SDEDITS or not rows:
         return "", rows
 
     def score(strength: float) -> float:
@@ -236,11 +271,11 @@ def default_rows(recipe: Recipe, rows: list[Row], model: str) -> tuple[str, list
 def accuracies(recipe: Recipe, rows: list[Row]) -> list[Accuracy]:
     """Every model that was evaluated, editors first."""
     results = []
-    for model in (*EDITORS, *SDEDITS, UNCHANGED):
+    for model in (*editors_of(rows), *SDEDITS, UNCHANGED):
         if not any(row["model"] == model for row in rows):
             continue
         setting, at = default_rows(recipe, rows, model)
-        truth = {name: _mean(at, name) for name in ("success", "carried_out", "preserved", "valid")}
+        truth = {name: _mean(at, name) for name in TRUTHS}
         results.append(
             Accuracy(
                 model,
@@ -253,9 +288,57 @@ def accuracies(recipe: Recipe, rows: list[Row]) -> list[Accuracy]:
                     for kind in sorted({row["edit_kind"] for row in at} - {None})
                     if (mean := _mean([row for row in at if row["edit_kind"] == kind], "success"))
                 },
+                by_attribute={name: mean for name in ATTRIBUTES if (mean := _mean(at, f"preserved_{name}"))},
+                by_seed=[
+                    (
+                        _mean(mine, "clip_sim_image") or _nothing(),
+                        _mean(mine, "clip_sim_dir") or _nothing(),
+                        _mean(mine, "success"),
+                    )
+                    for draw in sorted({row["draw"] for row in at})
+                    if (mine := [row for row in at if row["draw"] == draw])
+                ],
             )
         )
     return results
+
+
+def predictions(workspace: Workspace, rows: list[Row]) -> list[Prediction]:
+    """AUCs of the similarities as predictors of truth: on the edits of every editor's sweep, and on generated pairs."""
+    of = {f"edits by {name_of(model)}": [row for row in rows if row["model"] == model] for model in editors_of(rows)}
+    if workspace.exists("evaluation", "pair_truth.parquet"):
+        of["generated pairs"] = judged_candidates(workspace)
+    by = {"direction": "clip_sim_dir", "image similarity": "clip_sim_image", "agreement with the caption": "clip_sim_1"}
+    return [
+        Prediction(what, name, auc(some, column, "success"))
+        for what, some in of.items()
+        if any(row["success"] is not None for row in some)
+        for name, column in by.items()
+    ]
+
+
+def summarize_calibration(recipe: Recipe, workspace: Workspace) -> Calibration | str | None:
+    """The filter that the judged pairs would choose, or why they can't; None where truth is not known."""
+    if not workspace.exists("evaluation", "pair_truth.parquet"):
+        return None
+    try:
+        return calibrate(judged_candidates(workspace), recipe.pairs, MIN_RECALL)
+    except ValueError as error:
+        return str(error)
+
+
+def judge_marks(recipe: Recipe, workspace: Workspace) -> list[Marks]:
+    """Every model's marks; none without a judge."""
+    if not workspace.exists("evaluation", "judged.parquet"):
+        return []
+    rows = workspace.read_table("evaluation", "judged.parquet").to_pylist()
+    found = []
+    for model in (*editors_of(rows), *SDEDITS, UNCHANGED):
+        setting, at = default_rows(recipe, [row for row in rows if row["model"] == model], model)
+        if at:
+            means = {name: _mean(at, f"judge_{name}") or _nothing() for name in MARKS}
+            found.append(Marks(model, setting, means, sum(row["judge_status"] != "ok" for row in at)))
+    return found
 
 
 def curve(rows: list[Row], model: str, scale: str, values: list[float], **fixed: float) -> Curve:

@@ -4,17 +4,21 @@ One row is one edit: (model, test image, scales or strength, seed). Every mean i
 and can be recomputed from `evaluation/metrics.parquet`.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import pyarrow as pa
 
+from ip2p.miniature.oracle import ATTRIBUTES
 from ip2p.recipe import Recipe
 from ip2p.records import digest
 
 WORKSPACE, SHIPPED, UNCHANGED = "workspace", "shipped", "unchanged"
 SDEDIT, SDEDIT_INSTRUCTION = "sdedit", "sdedit_instruction"  # told the edited caption, told the instruction
-EDITORS = (WORKSPACE, SHIPPED)
+EDITORS = (WORKSPACE, SHIPPED)  # and those of evaluate.models
 SDEDITS = (SDEDIT, SDEDIT_INSTRUCTION)
+TRUTHS = ("carried_out", "preserved", "valid", "success")
 
 # A test case: what to edit, the instruction, and the two captions that CLIP compares the result with.
 TEST = pa.schema(
@@ -40,9 +44,11 @@ EDITS = pa.schema(
         "image_guidance_scale": pa.float64(),
         "strength": pa.float64(),
         "seed": pa.int64(),
+        "draw": pa.int32(),  # 0 to evaluate.seeds - 1: which of the image's seeds it is
     }
 )
 
+# Truth is null where there is none; preserved_<attribute> also where the edit leaves none of them alone.
 METRICS = pa.schema(
     [
         *EDITS,
@@ -51,15 +57,29 @@ METRICS = pa.schema(
                 "clip_sim_image": pa.float32(),
                 "clip_sim_dir": pa.float32(),
                 "clip_sim_1": pa.float32(),
-                "carried_out": pa.bool_(),
-                "preserved": pa.bool_(),
-                "valid": pa.bool_(),
-                "success": pa.bool_(),
+                **dict.fromkeys(TRUTHS, pa.bool_()),
+                **{f"preserved_{name}": pa.bool_() for name in ATTRIBUTES},
                 "image": pa.binary(),
             }
         ),
     ]
 )
+
+
+def is_editor(model: str) -> bool:
+    """Whether it is told the instruction and has the two scales; the others are baselines."""
+    return model not in (*SDEDITS, UNCHANGED)
+
+
+def editors_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The editors among the rows' models: that of the run, the shipped one, then the others by name."""
+    there = {row["model"] for row in rows if is_editor(row["model"])}
+    return [*(model for model in EDITORS if model in there), *sorted(there - {*EDITORS})]
+
+
+def shown_editor(editors: Sequence[str]) -> str:
+    """Whose grid of scales is shown: the shipped one's where it is there, else the first one's."""
+    return SHIPPED if SHIPPED in editors else editors[0]
 
 
 def curve_scales(recipe: Recipe) -> list[tuple[float, float]]:
@@ -82,13 +102,6 @@ def plan_edits(recipe: Recipe, test: pa.Table, editors: list[str]) -> pa.Table:
     paired. The first `evaluate.grid_images` images are edited at the whole grid of scales.
     """
     rows = []
-
-    def add(model: str, case: dict, guidance_scale=None, image_guidance_scale=None, strength=None, k: int = 0) -> None:
-        seed = digest("evaluate", recipe.seed, case["caption_id"], k)
-        settings = (guidance_scale, image_guidance_scale, strength)
-        edit_id = f"{digest('edit', model, case['caption_id'], case['instruction'], *map(str, settings), seed):016x}"
-        rows.append((edit_id, model, case["caption_id"], case["edit_kind"], case["instruction"], *settings, seed))
-
     cases = test.select(["caption_id", "edit_kind", "instruction"]).to_pylist()
     seeds = range(recipe.evaluate.seeds)
     for model in editors:
@@ -96,16 +109,38 @@ def plan_edits(recipe: Recipe, test: pa.Table, editors: list[str]) -> pa.Table:
             scales = curve_scales(recipe)
             if n < recipe.evaluate.grid_images:
                 scales = sorted({*scales, *grid_scales(recipe)})
-            for (s_text, s_image), k in product(scales, seeds):
-                add(model, case, s_text, s_image, k=k)
-    for case in cases:
-        add(UNCHANGED, case)
+            rows += [_edit(recipe, model, case, *at, draw=k) for at, k in product(scales, seeds)]
+    rows += [_edit(recipe, UNCHANGED, case) for case in cases]
     # Text to image is done at the middle of the scales that pairs are made at.
     s_text = sum(recipe.pairs.guidance_scale) / 2
-    for model in SDEDITS:
-        for case in cases:
-            for strength, k in product(recipe.evaluate.sdedit_strengths, seeds):
-                add(model, case, s_text, strength=strength, k=k)
-    return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(zip(*rows), EDITS)], schema=EDITS
-    )
+    rows += [
+        _edit(recipe, model, case, s_text, strength=strength, draw=k)
+        for model in SDEDITS
+        for case in cases
+        for strength, k in product(recipe.evaluate.sdedit_strengths, seeds)
+    ]
+    return pa.Table.from_pylist(rows, schema=EDITS)
+
+
+def plan_grid(recipe: Recipe, case: pa.Table, editor: str) -> pa.Table:
+    """Edits of one image, `case`, at the whole grid of scales, as a table of EDITS."""
+    (chosen,) = case.select(["caption_id", "edit_kind", "instruction"]).to_pylist()
+    rows = [_edit(recipe, editor, chosen, *at) for at in grid_scales(recipe)]
+    return pa.Table.from_pylist(rows, schema=EDITS)
+
+
+def _edit(
+    recipe: Recipe,
+    model: str,
+    case: dict[str, Any],
+    guidance_scale: float | None = None,
+    image_guidance_scale: float | None = None,
+    strength: float | None = None,
+    draw: int = 0,
+) -> dict[str, Any]:
+    """A row of EDITS."""
+    seed = digest("evaluate", recipe.seed, case["caption_id"], draw)
+    settings = (guidance_scale, image_guidance_scale, strength)
+    edit_id = f"{digest('edit', model, case['caption_id'], case['instruction'], *map(str, settings), seed):016x}"
+    values = (edit_id, model, case["caption_id"], case["edit_kind"], case["instruction"], *settings, seed, draw)
+    return dict(zip(EDITS.names, values, strict=True))

@@ -15,7 +15,7 @@ from ip2p.miniature.edits import EDIT_KINDS
 from ip2p.miniature.oracle import Judgement, judge_images
 from ip2p.miniature.render import render
 from ip2p.miniature.triplets import draw_triplet
-from ip2p.recipe import Recipe
+from ip2p.recipe import ChosenImage, Recipe
 from ip2p.records import caption_id, digest
 from ip2p.workspace import Workspace
 
@@ -79,7 +79,26 @@ def dataset_cases(recipe: Recipe, workspace: Workspace) -> pa.Table:
     return pa.Table.from_pylist([{name: case[name] for name in TEST.names} for case in cases], schema=TEST)
 
 
-NOTHING_RIGHT = Judgement(carried_out=False, preserved=False, valid=False, preserved_fraction=0.0)
+def chosen_case(chosen: ChosenImage) -> pa.Table:
+    """The image and instruction of `evaluate.chosen` as a table of TEST, without captions and ground truth.
+
+    Raises `ValueError` when the image is not there or can't be read.
+    """
+    file, key = Workspace(chosen.image), f"evaluate.chosen.image: {chosen.image!r}"
+    if not file.fs.get_file_info(file.root).is_file:
+        raise ValueError(f"{key} is no file")
+    with file.fs.open_input_file(file.root) as stream:
+        data = stream.read()
+    try:
+        images.decode(data)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    name = f"{digest('chosen', data.hex(), chosen.instruction):016x}"
+    case = {"caption_id": name, "instruction": chosen.instruction, "original_image": data}
+    return pa.Table.from_pylist([case], schema=TEST)
+
+
+NOTHING_RIGHT = Judgement(carried_out=False, preserved=False, valid=False, preserved_fraction=0.0, kept={})
 
 
 def judge(sources: list[np.ndarray], instructions: list[str], results: list[np.ndarray]) -> list[Judgement]:

@@ -6,14 +6,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from ip2p import images
-from ip2p.evaluate.summary import NAMES, Row, default_rows
-from ip2p.evaluate.sweep import EDITORS, SDEDITS, SHIPPED, WORKSPACE
+from ip2p.evaluate.summary import Row, default_rows, name_of
+from ip2p.evaluate.sweep import SDEDITS, editors_of, shown_editor
 from ip2p.pairs.filter import ACCEPTED, SURPLUS
 from ip2p.recipe import Recipe
 from ip2p.records import digest
 from ip2p.workspace import Workspace
 
-SHOWN_PAIRS, SHOWN_FAILURES, SHOWN_CASES = 24, 12, 12
+SHOWN_PAIRS, SHOWN_REJECTS, SHOWN_FAILURES, SHOWN_CASES = 24, 12, 12, 12
 PIXEL_ART = 64  # px: images up to this size are enlarged with hard edges
 LARGEST = 256  # px: larger images are shown smaller, so that the report stays a file one can mail
 
@@ -48,6 +48,18 @@ def accepted_pairs(workspace: Workspace) -> list[dict]:
     chosen = sorted(ids, key=in_order)[:SHOWN_PAIRS]
     rows = sorted(read_captions(workspace, chosen, "pairs"), key=lambda row: in_order(row["caption_id"]))
     return [pair_view(row, row["pairs"][0], tags=[]) for row in rows]
+
+
+def rejected_pairs(workspace: Workspace) -> list[dict]:
+    """A rejected candidate of each of SHOWN_REJECTS captions whose rejects were kept, in the order of a hash."""
+    if not workspace.exists("pairs"):
+        return []
+    # The verdicts alone: the column holds images.
+    table = workspace.read_table("pairs", columns=["caption_id", "rejects.list.element.verdict"])
+    kept = table.filter(pc.greater(pc.list_value_length(table["rejects"]), 0))  # pyright: ignore
+    chosen = sorted(kept["caption_id"].to_pylist(), key=in_order)[:SHOWN_REJECTS]
+    rows = sorted(read_captions(workspace, chosen, "pairs"), key=lambda row: in_order(row["caption_id"]))
+    return [pair_view(row, row["rejects"][0], [(row["rejects"][0]["verdict"], False)]) for row in rows]
 
 
 def in_order(caption_id: str) -> int:
@@ -93,6 +105,23 @@ def pair_view(row: Row, pair: Row, tags: list[tuple[str, bool]]) -> dict:
     return {**pair, **texts, **pictures, "mask": mask, "tags": tags}
 
 
+def judged_cases(recipe: Recipe, workspace: Workspace) -> list[dict]:
+    """What the judge said of the test images that are shown, of the editor whose grid is shown."""
+    if not workspace.exists("evaluation", "judged.parquet"):
+        return []
+    ids = [case["caption_id"] for case in test_cases(workspace)]
+    judged = read_captions(workspace, ids, "evaluation", "judged.parquet")
+    images = {row["edit_id"]: row["image"] for row in shown_rows(workspace)}
+    sources = {case["caption_id"]: case["original_image"] for case in test_cases(workspace)}
+    models = editors_of(judged)
+    rows = default_rows(recipe, judged, shown_editor(models))[1] if models else []
+    return [
+        row | {"source": picture(sources[row["caption_id"]]), "edited": picture(images[row["edit_id"]])}
+        for row in sorted(rows, key=lambda row: (ids.index(row["caption_id"]), row["draw"]))
+        if row["draw"] == 0
+    ]
+
+
 def test_cases(workspace: Workspace) -> list[Row]:
     """The test images that are shown."""
     return workspace.read_table("evaluation", "test").slice(0, SHOWN_CASES).to_pylist()
@@ -107,30 +136,39 @@ def shown_rows(workspace: Workspace) -> list[Row]:
 
 
 def guidance_grids(recipe: Recipe, workspace: Workspace, rows: list[Row]) -> list[dict]:
-    """The s_I x s_T grid of each grid image, by the shipped editor where there is one."""
-    models = [model for model in (SHIPPED, WORKSPACE) if any(row["model"] == model for row in rows)]
-    if not models:
-        return []
-    s_texts, s_images = sorted(recipe.evaluate.guidance_scale), sorted(recipe.evaluate.image_guidance_scale)
+    """The s_I x s_T grid of the image that the recipe names, and of each grid image, by `shown_editor`."""
     grids = []
-    for case in test_cases(workspace)[: recipe.evaluate.grid_images]:
-        # Rows come in any order; of several seeds the smallest is shown, the same everywhere.
-        mine = [row for row in rows if row["model"] == models[0] and row["caption_id"] == case["caption_id"]]
-        mine.sort(key=lambda row: row["seed"], reverse=True)
-        at = {(row["guidance_scale"], row["image_guidance_scale"]): row["image"] for row in mine}
-        table = [(s_text, [picture(at[s_text, s_image]) for s_image in s_images]) for s_text in s_texts]
-        facts = {
-            "instruction": case["instruction"],
-            "model": NAMES[models[0]],
-            "source": picture(case["original_image"]),
-        }
-        grids.append({**facts, "image_guidance": s_images, "rows": table})
+    if workspace.exists("evaluation", "grid.parquet"):
+        (case,) = workspace.read_table("evaluation", "chosen").to_pylist()
+        made = workspace.read_table("evaluation", "grid.parquet").to_pylist()
+        grids.append(guidance_grid(recipe, case, made))
+    if models := editors_of(rows):
+        shown = shown_editor(models)
+        for case in test_cases(workspace)[: recipe.evaluate.grid_images]:
+            mine = [row for row in rows if row["model"] == shown and row["caption_id"] == case["caption_id"]]
+            grids.append(guidance_grid(recipe, case, mine))
     return grids
+
+
+def guidance_grid(recipe: Recipe, case: Row, rows: list[Row]) -> dict:
+    """The grid of one image from its `rows`, all of one editor."""
+    s_texts, s_images = sorted(recipe.evaluate.guidance_scale), sorted(recipe.evaluate.image_guidance_scale)
+    # Rows come in any order; of several seeds the smallest is shown, the same everywhere.
+    rows = sorted(rows, key=lambda row: row["seed"], reverse=True)
+    at = {(row["guidance_scale"], row["image_guidance_scale"]): row["image"] for row in rows}
+    return {
+        "instruction": case["instruction"],
+        "model": name_of(rows[0]["model"]),
+        "seed": rows[-1]["seed"],
+        "source": picture(case["original_image"]),
+        "image_guidance": s_images,
+        "rows": [(s_text, [picture(at[s_text, s_image]) for s_image in s_images]) for s_text in s_texts],
+    }
 
 
 def comparison(recipe: Recipe, workspace: Workspace, rows: list[Row]) -> dict | None:
     """Test images under every model that makes something, side by side."""
-    models = [model for model in (*EDITORS, *SDEDITS) if any(row["model"] == model for row in rows)]
+    models = [*editors_of(rows), *(model for model in SDEDITS if any(row["model"] == model for row in rows))]
     if not models:
         return None
     by_model = [{row["caption_id"]: row for row in default_rows(recipe, rows, model)[1]} for model in models]
@@ -143,7 +181,7 @@ def comparison(recipe: Recipe, workspace: Workspace, rows: list[Row]) -> dict | 
         }
         for case in test_cases(workspace)
     ]
-    return {"models": [NAMES[model] for model in models], "cases": cases}
+    return {"models": [name_of(model) for model in models], "cases": cases}
 
 
 def cell(row: Row) -> dict:

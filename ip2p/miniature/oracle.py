@@ -5,7 +5,7 @@ looked up among the renderer's own cells, and the setting with the least total e
 them is one matrix product, so reading is exact and fast.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,6 +18,8 @@ from ip2p.miniature.scene import MAX_THINGS, PLACES, Scene, attributes
 
 # Above this RMSE an image is no scene, but blobs or two scenes mixed. Noise of 20 of 255 steps is below it.
 MAX_RESIDUAL = 0.08
+
+ATTRIBUTES = ("shape", "colour", "size", "place", "background", "look")
 
 _CHUNK = 256  # images per matrix product: about 4 MB of scores
 
@@ -37,12 +39,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The truth about one edit: what it asks for is there, nothing else has changed, and the result is a scene."""
+    """The truth about one edit: what it asks for is there, nothing else has changed, and the result is a scene.
+
+    `kept` says for each of ATTRIBUTES whether all that the edit leaves alone are as they were; None: it leaves none.
+    """
 
     carried_out: bool
     preserved: bool
     valid: bool
     preserved_fraction: float
+    kept: Mapping[str, bool | None]
 
     @property
     def success(self) -> bool:
@@ -123,9 +129,19 @@ def judge_edit(source: Scene, edit: Edit, result: Reading) -> Judgement:
     changed = [name for name in _names(before, after) if before.get(name) != after.get(name)]
     # A thing that only the result has is seen by its cell, which should be empty.
     kept = [name for name in _names(before) if name not in changed]
-    fraction = float(np.mean([got.get(name) == before[name] for name in kept])) if got else 0.0
+    same = {name: bool(got) and got.get(name) == before[name] for name in kept}
+    fraction = float(np.mean(list(same.values()))) if got else 0.0
     carried_out = bool(got) and all(got.get(name) == after.get(name) for name in changed)
-    return Judgement(carried_out, fraction == 1, result.valid, fraction)
+    by_attribute: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
+    for name, is_same in same.items():
+        by_attribute[_attribute(name)].append(is_same)
+    each = {name: all(found) if found else None for name, found in by_attribute.items()}
+    return Judgement(carried_out, fraction == 1, result.valid, fraction, each)
+
+
+def _attribute(name: str) -> str:
+    """Which of ATTRIBUTES a key of `scene.attributes` is."""
+    return "place" if name.endswith(".occupied") else name.split(".")[-1]
 
 
 def judge_images(
@@ -157,7 +173,7 @@ def attribute_accuracy(expected: Sequence[Scene], images: np.ndarray) -> dict[st
     """
     if not expected or len(expected) != len(images):
         raise ValueError(f"{len(expected)} scenes and {len(images)} images")
-    hits: dict[str, list[bool]] = {name: [] for name in ("shape", "colour", "size", "place", "background", "look")}
+    hits: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     exact = []
     for scene, setting, cells in zip(expected, *read_cells(images)[:2], strict=True):
         background, look = decode_setting(int(setting))
@@ -169,7 +185,7 @@ def attribute_accuracy(expected: Sequence[Scene], images: np.ndarray) -> dict[st
             if thing:
                 got |= {f"{place}.{name}": getattr(thing, name) for name in ("shape", "colour", "size")}
         for name, value in wanted.items():
-            hits["place" if name.endswith(".occupied") else name.split(".")[-1]].append(got.get(name) == value)
+            hits[_attribute(name)].append(got.get(name) == value)
         exact.append(got == wanted)
     together = [hit for values in hits.values() for hit in values]
     return {name: float(np.mean(values)) for name, values in {**hits, "attributes": together, "exact": exact}.items()}

@@ -10,6 +10,7 @@ from ip2p import images
 from ip2p.evaluate.pair_truth import PAIR_TRUTH
 from ip2p.evaluate.sweep import EDITORS, METRICS, SDEDIT, SDEDIT_INSTRUCTION, UNCHANGED, plan_edits
 from ip2p.evaluate.truth import rendered_cases
+from ip2p.miniature.oracle import ATTRIBUTES
 from ip2p.miniature.render import render
 from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import Recipe
@@ -163,6 +164,7 @@ def _write_metrics(workspace: Workspace, recipe: Recipe, rng: random.Random) -> 
                 "preserved": right or row["model"] == UNCHANGED,
                 "valid": True,
                 "success": right,
+                **{f"preserved_{name}": right or rng.random() < 0.5 for name in ATTRIBUTES},
                 "image": noisy(result, rng),
             }
         )

@@ -1,0 +1,174 @@
+"""A vision-language model looks at every edit of the sweep and gives marks, with its reasons (`evaluate.judge`).
+
+evaluation/metrics.parquet -> questions -> vLLM -> answers -> evaluation/judged.parquet, one row for each edit: the
+columns of the sweep, three marks, and why there are none where there are none. jobs.evaluate does it after the sweep.
+"""
+
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+from ray.data import ActorPoolStrategy, Dataset
+from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+from cluster.chain import ACTOR_CPUS, TASK_CPUS, chain
+from cluster.connect import connect, uses_gpu
+from cluster.progress import Counted, Tally
+from ip2p.cli import load_settings
+from ip2p.evaluate.judge import JUDGED, Questions, read_answer, schema
+from ip2p.evaluate.report import write_report
+from ip2p.evaluate.sweep import METRICS
+from ip2p.recipe import Judge, Recipe, locate
+from ip2p.records import digest
+from ip2p.workspace import Workspace
+from jobs.edit_captions import CPU_ENVIRONMENT, ENGINE_CPUS, ENGINE_RESTARTS
+
+CARRIED = [name for name in METRICS.names if name != "image"]
+SOURCE, SINK, DONE = "evaluation/metrics.parquet", "evaluation/judged.parquet", "evaluation/judge"
+
+
+def run(recipe: Recipe, workspace: Workspace) -> None:
+    """Write `evaluation/judged.parquet`. The same call goes on where a killed one stopped; another judge begins anew.
+
+    Raises `ValueError` without a judge in the recipe, or before the sweep has run.
+    """
+    started, judge = time.perf_counter(), recipe.evaluate.judge
+    if judge is None:
+        raise ValueError("evaluate.judge is null: name a vision-language model, evaluate.judge: {model: {path: ...}}")
+    if not workspace.done("evaluation"):
+        raise ValueError(f"{workspace.uri(SOURCE)} is not whole: run jobs.evaluate first")
+    plan = fingerprint(recipe, judge, workspace)
+    if workspace.done(DONE) and workspace.counts(DONE)["plan"] == plan:
+        print("judge_edits: done already")
+        return
+    begin(workspace, plan)
+    connect()
+    print(f"judge_edits: {judge.replicas} vLLM engine(s) with {judge.model.path}", flush=True)
+
+    def steps(rows: Dataset, tally: Tally) -> Dataset:
+        return judged(rows, tally, recipe, judge, workspace)
+
+    chain(workspace, SOURCE, SINK, "edit_id", judge.batch_size, steps)
+    rows = workspace.read_table(SINK, columns=["judge_status", "judge_error"]).to_pylist()
+    counts = dict(Counter(row["judge_status"] for row in rows))
+    workspace.mark_done(DONE, plan=plan, **counts)
+    workspace.record("judge_edits", seconds=time.perf_counter() - started, **counts)
+    print("judge_edits: " + ", ".join(f"{counts.get(status, 0)} {status}" for status in ("ok", "failed")))
+    for error, number in Counter(row["judge_error"] for row in rows if row["judge_error"]).most_common():
+        print(f"  {number:6d} {error}")
+
+
+def fingerprint(recipe: Recipe, judge: Judge, workspace: Workspace) -> str:
+    """Changes when marks would: with the judge and the edits."""
+    keys = [judge.model.model_dump(mode="json"), judge.max_tokens, recipe.seed, workspace.counts("evaluation")["plan"]]
+    return f"{digest(json.dumps(keys, sort_keys=True)):016x}"
+
+
+def begin(workspace: Workspace, plan: str) -> None:
+    """Remove what another plan has left behind."""
+    if workspace.exists(DONE, "plan.json"):
+        with workspace.open_in(DONE, "plan.json") as file:
+            if json.loads(file.read()) == plan:
+                return
+    for folder in (DONE, SINK, f"checkpoints/{SOURCE}"):
+        if workspace.exists(folder):
+            workspace.fs.delete_dir(workspace.path(folder))
+    with workspace.open_out(DONE, "plan.json") as file:
+        file.write(json.dumps(plan).encode())
+
+
+def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace: Workspace) -> Dataset:
+    """METRICS -> questions -> the model -> JUDGED."""
+    light: dict[str, Any] = {"num_cpus": TASK_CPUS}
+    model = build_processor(
+        engine_config(recipe, judge),
+        preprocess=lambda row: ask(row, judge.max_tokens),
+        postprocess=lambda row: answer_of(row, judge.max_tokens),
+        preprocess_map_kwargs=light,
+        postprocess_map_kwargs=light,
+    )
+    # As in jobs.edit_captions: Ray would start new engines for ever.
+    model.get_stage_by_name("vLLMEngineStage").map_batches_kwargs.update(
+        max_restarts=ENGINE_RESTARTS, max_task_retries=ENGINE_RESTARTS
+    )
+    one: dict[str, Any] = {
+        "batch_format": "pyarrow",
+        "batch_size": judge.batch_size,
+        "compute": ActorPoolStrategy(size=1),
+        "num_cpus": ACTOR_CPUS / 2,
+    }
+    asked = rows.map_batches(Questions, fn_constructor_args=(workspace,), **one)  # pyright: ignore[reportArgumentType]
+    return model(asked).map_batches(
+        Counted,  # pyright: ignore[reportArgumentType]
+        fn_constructor_args=(Marks, (), tally, lambda rows: {"rows": rows.num_rows}),
+        **one,
+    )
+
+
+class Marks:
+    """What comes back from the engine in, JUDGED out. Ray leads failed rows past `answer_of`: without its columns."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        wanted = {*CARRIED, "text", "cut", "__inference_error__"}
+        rows = batch.select([name for name in batch.column_names if name in wanted]).to_pylist()
+        return pa.Table.from_pylist([row | self._marks(row) for row in rows], schema=JUDGED)
+
+    def _marks(self, row: dict[str, Any]) -> dict[str, Any]:
+        return read_answer(row.get("text") or "", bool(row.get("cut")), row["__inference_error__"])
+
+
+def engine_config(recipe: Recipe, judge: Judge) -> vLLMEngineProcessorConfig:
+    """vLLM's engines in Ray Data: on GPUs where the recipe and the cluster have them, else on the CPU."""
+    on_cpu, source = not uses_gpu(recipe.device), locate(judge.model.path, "evaluate.judge.model.path")
+    engine: dict[str, Any] = {
+        "dtype": judge.model.dtype,
+        "revision": judge.model.revision,
+        "max_model_len": judge.max_model_len,
+        "limit_mm_per_prompt": {"image": 2},
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        "seed": recipe.seed,
+    }
+    if on_cpu:
+        engine |= {"enforce_eager": True, "max_num_seqs": 16, "disable_log_stats": True}
+    stage: dict[str, Any] = {"enabled": True, "num_cpus": TASK_CPUS}
+    return vLLMEngineProcessorConfig(
+        model_source=source,
+        engine_kwargs=engine | judge.engine,
+        concurrency=(judge.replicas, judge.replicas),
+        batch_size=judge.batch_size,
+        # "openai": the model's own chat template says where its images stand.
+        prepare_multimodal_stage=stage
+        | {"chat_template_content_format": "openai", "model_config_kwargs": {"revision": judge.model.revision}},
+        chat_template_stage=stage,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        placement_group_config={"bundles": [{"CPU": ENGINE_CPUS}]} if on_cpu else None,
+        runtime_env={"env_vars": CPU_ENVIRONMENT} if on_cpu else None,
+        should_continue_on_error=True,
+        log_engine_metrics=False,
+    )
+
+
+def ask(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+    """Columns for the engine. The likeliest answer: the same edit has the same marks."""
+    sampling = {"temperature": 0.0, "max_tokens": max_tokens, "structured_outputs": {"json": json.dumps(schema())}}
+    return {"messages": json.loads(row["question"]), "sampling_params": sampling}
+
+
+def answer_of(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+    """The row with what the engine wrote."""
+    kept = {name: row[name] for name in CARRIED}
+    return kept | {"text": row["generated_text"], "cut": row["num_generated_tokens"] >= max_tokens}
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv)
+    assert workspace is not None
+    run(recipe, workspace)
+    write_report(recipe, workspace)
+
+
+if __name__ == "__main__":
+    main()
