@@ -154,7 +154,7 @@ def _goes_on(data: bytes, format: str) -> str:
     if format == "WEBP":
         end = 8 + struct.unpack("<I", data[4:8])[0]
     elif format == "PNG":
-        end = data.rfind(b"IEND") + 8
+        end = data.rfind(b"IEND") + 8 if b"IEND" in data else len(data)
     else:
         # Phones append films and notes to their JPEGs; what another program would run or unpack is another thing.
         tail = data[data.find(b"\xff\xd9") + 2 :].lower()

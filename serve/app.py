@@ -196,8 +196,9 @@ def application(
         max_queued_requests=settings.queue,
         num_replicas="auto",
         autoscaling_config=autoscaling(recipe),
-        **({"ray_actor_options": engine_resources} if engine_resources else {}),
     )
+    if engine_resources:
+        engine = engine.options(ray_actor_options=engine_resources)
     engines = {
         version: engine.options(name=name).bind(recipe, workspace, version, label(recipe, workspace, version))
         for version, name in versions.items()

@@ -35,8 +35,8 @@ class Job:
     `moved` after each step, with how many have been made, and a preview every `preview_every` steps."""
 
     request: EditRequest
-    done: Callable[[np.ndarray | Exception], None]
-    moved: Callable[[int, np.ndarray | None], None] | None = None
+    done: Callable[[np.ndarray | Exception], object]
+    moved: Callable[[int, np.ndarray | None], object] | None = None
     preview_every: int = 0
     deadline: float = float("inf")  # by time.monotonic
     since: float = field(default_factory=time.monotonic)

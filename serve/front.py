@@ -5,7 +5,7 @@ import contextlib
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -251,7 +251,7 @@ class Front:
 
     async def follow(
         self, version: str, request: EditRequest, deadline: float, param: str, preview_every: int
-    ) -> AsyncIterator[Moved | Made]:
+    ) -> AsyncGenerator[Moved | Made, None]:
         """`edit` as it moves on, `Made` last. An edit that is begun anew moves from its first step again."""
         began = time.monotonic()
         for attempt in range(ATTEMPTS):

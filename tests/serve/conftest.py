@@ -59,8 +59,8 @@ def served(recipe, workspace: Workspace | None, keys: list[Key] | None) -> Itera
 def replicas(deployment: str = "") -> dict[int, psutil.Process]:
     """The replicas of this process's Ray, by pid."""
     processes = psutil.Process().children(recursive=True)
-    title = f"ray::ServeReplica:ip2p:{deployment}"
-    return {p.pid: p for p in processes if p.is_running() and "".join(_title(p)).startswith(title)}
+    title = f"SERVE_REPLICA::ip2p#{deployment}#" if deployment else "SERVE_REPLICA::ip2p#"
+    return {process.pid: process for process in processes if title in "".join(_title(process))}
 
 
 def _title(process: psutil.Process) -> list[str]:
