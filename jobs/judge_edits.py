@@ -19,13 +19,11 @@ from cluster.progress import Counted, Tally
 from ip2p.cli import load_settings
 from ip2p.evaluate.judge import JUDGED, Questions, read_answer, schema
 from ip2p.evaluate.report import write_report
-from ip2p.evaluate.sweep import METRICS
 from ip2p.recipe import Judge, Recipe, locate
 from ip2p.records import digest
 from ip2p.workspace import Workspace
 from jobs.edit_captions import CPU_ENVIRONMENT, ENGINE_CPUS, ENGINE_RESTARTS
 
-CARRIED = [name for name in METRICS.names if name != "image"]
 SOURCE, SINK, DONE = "evaluation/metrics.parquet", "evaluation/judged.parquet", "evaluation/judge"
 
 
@@ -111,9 +109,9 @@ class Marks:
     """What comes back from the engine in, JUDGED out. Ray leads failed rows past `answer_of`: without its columns."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        wanted = {*CARRIED, "text", "cut", "__inference_error__"}
+        wanted = {"row", "text", "cut", "__inference_error__"}  # the others of a failed row hold images
         rows = batch.select([name for name in batch.column_names if name in wanted]).to_pylist()
-        return pa.Table.from_pylist([row | self._marks(row) for row in rows], schema=JUDGED)
+        return pa.Table.from_pylist([json.loads(row["row"]) | self._marks(row) for row in rows], schema=JUDGED)
 
     def _marks(self, row: dict[str, Any]) -> dict[str, Any]:
         return read_answer(row.get("text") or "", bool(row.get("cut")), row["__inference_error__"])
@@ -158,9 +156,9 @@ def ask(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
 
 
 def answer_of(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """The row with what the engine wrote."""
-    kept = {name: row[name] for name in CARRIED}
-    return kept | {"text": row["generated_text"], "cut": row["num_generated_tokens"] >= max_tokens}
+    """What the engine wrote."""
+    cut = row["num_generated_tokens"] >= max_tokens
+    return {"row": row["row"], "text": row["generated_text"], "cut": cut}
 
 
 def main(argv: list[str] | None = None) -> None:

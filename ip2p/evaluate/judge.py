@@ -35,6 +35,8 @@ JUDGED = pa.schema(
     ]
 )
 
+ASKED = pa.schema({"row": pa.string(), "question": pa.string()})
+
 TASK = (
     "You judge an image editor. The first image is what it was given, the second is what it made of it, told this "
     "instruction: {instruction}\n"
@@ -90,15 +92,18 @@ def failed(why: str) -> dict[str, Any]:
 
 
 class Questions:
-    """METRICS in, the same rows with the chat about each as JSON in `question`, and without the edited image, out."""
+    """METRICS in; `question`, the chat about each edit, and `row`, its other columns, both as JSON, out.
+
+    As one column, since engines take what they find in columns (`model`, `seed`) for their own settings.
+    """
 
     def __init__(self, workspace: Workspace):
         test = workspace.read_table("evaluation", "test", columns=["caption_id", "original_image"])
         self.sources = dict(zip(test["caption_id"].to_pylist(), test["original_image"].to_pylist(), strict=True))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        asked = [
-            json.dumps(question(row["instruction"], self.sources[row["caption_id"]], row["image"]))
-            for row in batch.select(["instruction", "caption_id", "image"]).to_pylist()
-        ]
-        return batch.drop_columns("image").append_column("question", pa.array(asked, pa.string()))
+        asked = []
+        for row in batch.to_pylist():
+            chat = question(row["instruction"], self.sources[row["caption_id"]], row.pop("image"))
+            asked.append({"row": json.dumps(row), "question": json.dumps(chat)})
+        return pa.Table.from_pylist(asked, schema=ASKED)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from ip2p.evaluate.metrics import bootstrap_means, by_case, difference, estimate, trend
+from ip2p.evaluate.metrics import auc, bootstrap_means, by_case, difference, estimate, trend
 
 
 def measured(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,3 +78,20 @@ def test_a_condition_without_samples_has_no_mean():
 def test_the_same_data_gives_the_same_intervals():
     values = measured(np.random.default_rng(0).normal(0, 1, (30, 2)))
     assert np.array_equal(bootstrap_means(*values), bootstrap_means(*values))
+
+
+def test_auc_is_that_of_scikit_learn_and_its_interval_is_over_cases():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"caption_id": str(n // 4), "score": round(float(rng.normal(right)), 1), "right": bool(right)}
+        for n, right in enumerate(rng.integers(0, 2, 200))
+    ]
+    found = auc(rows, "score", "right")
+    assert found.mean == pytest.approx(roc_auc_score([r["right"] for r in rows], [r["score"] for r in rows]))
+    assert found.low < found.mean < found.high and found.count == 200
+    # A case three times over is no more evidence: three copies of every row change neither mean nor interval.
+    often = auc(rows * 3, "score", "right")
+    assert (often.mean, often.low, often.high) == pytest.approx((found.mean, found.low, found.high))
+    assert np.isnan(auc([row | {"right": True} for row in rows], "score", "right").mean)
+    unknown = [row | {"right": None} for row in rows]
+    assert auc(rows + unknown, "score", "right").count == 200

@@ -1,19 +1,26 @@
 """The report from a whole workspace and from workspaces half way, read as a browser reads it."""
 
 import base64
+import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from playwright.sync_api import sync_playwright
+from sklearn.metrics import roc_auc_score
 
 from ip2p import images
+from ip2p.evaluate.judge import JUDGED, MARKS, failed, read_answer
 from ip2p.evaluate.metrics import Estimate
 from ip2p.evaluate.report import duration, percent, points, write_report
+from ip2p.recipe import Judge, ModelRef
 from ip2p.workspace import Workspace
-from tests.evaluate.synthetic import make_recipe, make_workspace
+from tests.evaluate.synthetic import make_recipe, make_workspace, write
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -123,13 +130,93 @@ def test_the_report_is_one_whole_file(recipe, workspace):
     write_report(recipe, workspace)
     page = Page(read(workspace))
     assert page.headings == [
-        "From captions to pairs", "What was asked for", "Accepted pairs", "Are the pairs right?",
-        "The two guidance scales", "Curves", "Editors compared", "Training", "How it was made",
+        "From captions to pairs", "What was asked for", "Accepted pairs", "Rejected pairs", "Are the pairs right?",
+        "The two guidance scales", "Curves", "Editors compared", "Does CLIP know what is right?", "Training",
+        "How it was made",
     ]  # fmt: skip
     assert all(reference.startswith("data:") for reference in page.references)
     assert len(page.images) > 24 * 2 + 3 * 16
     for uri in page.images:
         assert images.decode(base64.b64decode(uri.split(",", 1)[1])).shape == (32, 32, 3)
+
+
+def test_what_is_preserved_of_each_attribute_and_what_each_seed_gives(recipe, tmp_path):
+    twice = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"seeds": 2})})
+    workspace = make_workspace(tmp_path, twice, captions=12)
+    shipped = next(result for result in write_report(twice, workspace).accuracies if result.model == "shipped")
+    rows = workspace.read_table("evaluation", "metrics.parquet").drop_columns("image").to_pylist()
+    at = [r for r in rows if (r["model"], r["guidance_scale"], r["image_guidance_scale"]) == ("shipped", 4, 1.5)]
+    assert len(at) == 28
+    colours = [row["preserved_colour"] for row in at]
+    assert shipped.by_attribute["colour"].mean == pytest.approx(sum(colours) / 28)
+    assert len(shipped.by_seed) == 2
+    for draw, (image, _, success) in enumerate(shipped.by_seed):
+        mine = [row for row in at if row["draw"] == draw]
+        assert image.count == success.count == 14
+        assert image.mean == pytest.approx(sum(row["clip_sim_image"] for row in mine) / 14)
+    text = read(workspace)
+    assert "What was preserved" in text and "By seed" in text
+
+
+def test_further_editors_have_curves_and_names_of_their_own(recipe, tmp_path):
+    workspace = make_workspace(tmp_path, recipe, captions=12)
+    path = workspace.path("evaluation", "metrics.parquet", "0.parquet")
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows += [row | {"model": name} for name in ("1% of the <data>", "10%") for row in rows if row["model"] == "shipped"]
+    pq.write_table(table.from_pylist(rows, schema=table.schema), path)
+    summary = write_report(recipe, workspace)
+    models = ["workspace", "shipped", "1% of the <data>", "10%"]
+    assert [curve.model for curve in summary.image_guidance] == models
+    assert [result.model for result in summary.accuracies][:4] == models
+    text = read(workspace)
+    Page(text)
+    # Two editors, two more and the two ways of SDEdit, in the paper's plane.
+    plane = text[text.index("<h2>Curves") :].split("</figure>")[0]
+    assert [f'<g class="s{k}">' in plane for k in range(7)] == [True] * 6 + [False]
+    assert "1% of the &lt;data&gt;" in plane
+
+
+def test_how_well_clip_knows_the_truth(recipe, workspace):
+    summary = write_report(recipe, workspace)
+    found = {(prediction.of, prediction.by): prediction.auc for prediction in summary.predictions}
+    truth = workspace.read_table("evaluation", "pair_truth.parquet").to_pylist()
+    candidates = [c for row in truth for c in row["candidates"] if c["shared"]]
+    expected = roc_auc_score([c["success"] for c in candidates], [c["clip_sim_dir"] for c in candidates])
+    assert found["generated pairs", "direction"].mean == pytest.approx(expected)
+    assert summary.calibration.direction_auc == pytest.approx(expected)
+    assert f"direction: {summary.calibration.thresholds.direction:g}" in read(workspace)
+    assert ("edits by the shipped editor", "image similarity") in found
+
+
+def test_marks_of_a_judge(recipe, tmp_path):
+    judged = recipe.model_copy(
+        update={"evaluate": recipe.evaluate.model_copy(update={"judge": Judge(model=ModelRef(path="a/judge"))})}
+    )
+    workspace = make_workspace(tmp_path, judged, captions=12)
+    rows = workspace.read_table("evaluation", "metrics.parquet").to_pylist()
+    marks = [
+        row
+        | (
+            failed("not json")
+            if n % 4 == 0
+            else read_answer(
+                json.dumps(dict.fromkeys(MARKS, 4 if row["success"] else 2) | {"reason": "<b>because</b>"}), False
+            )
+        )
+        for n, row in enumerate(rows)
+    ]
+    write(workspace, pa.Table.from_pylist(marks, schema=JUDGED), "evaluation", "judged.parquet", "0.parquet")
+    summary = write_report(judged, workspace)
+    shipped = next(found for found in summary.marks if found.model == "shipped")
+    at = [m for m in marks if (m["model"], m["guidance_scale"], m["image_guidance_scale"]) == ("shipped", 4, 1.5)]
+    given = [m["judge_quality"] for m in at if m["judge_status"] == "ok"]
+    assert shipped.means["quality"].mean == pytest.approx(sum(given) / len(given))
+    assert shipped.failed == len(at) - len(given) > 0
+    text = read(workspace)
+    Page(text)
+    assert "What the judge says" in text and "a/judge" in text
+    assert "&lt;b&gt;because" in text and "no marks: not json" in text
 
 
 def test_what_people_wrote_is_escaped(recipe, tmp_path):
@@ -176,28 +263,67 @@ def test_texts_of_numbers():
     assert points(Estimate(-0.05, -0.1, 0.02, 9)) == "−5 points (−10 … +2)"
 
 
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_real_browser_shows_it_without_errors(recipe, workspace, tmp_path, width):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
+@pytest.fixture(scope="module")
+def browser():
+    """A real one, headless; one start for all its tests."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
         pytest.skip("no Chromium or Chrome on the PATH")
-    write_report(recipe, workspace)
-    # A small script in a copy tells what the browser made of it: images that did not load, and sideways scrolling.
-    probe = (
-        "<script>onload = () => { document.title = JSON.stringify([document.images.length,"
-        "[...document.images].filter(i => !i.naturalWidth).length,"
-        "document.documentElement.scrollWidth - innerWidth]) }</script></body>"
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu", *quiet], timeout=120_000
+        )
+        yield browser
+        browser.close()
+
+
+def look(browser, path, width: int, scheme: Literal["light", "dark"]) -> dict:
+    """What the browser made of a page: requests, complaints, images that it could not show, sideways scrolling."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(120_000)
+    requests, complaints = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    found = page.evaluate(
+        """() => ({
+            images: document.images.length,
+            broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length,
+            overflow: document.documentElement.scrollWidth - innerWidth,
+            page: getComputedStyle(document.body).backgroundColor,
+            ink: getComputedStyle(document.body).color,
+        })"""
     )
-    copy = tmp_path / "report.html"
-    copy.write_text(read(workspace).replace("</body>", probe))
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    command += [f"--window-size={width},900", "--enable-logging=stderr", "--virtual-time-budget=4000", "--dump-dom"]
-    done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    loaded, broken, overflow = re.search(r"<title>\[(\d+),(\d+),(-?\d+)\]", done.stdout).groups()
-    assert int(loaded) > 90
-    assert int(broken) == 0
-    assert int(overflow) <= 0, f"the page is {overflow} px wider than a window of {width} px"
+    page.close()
+    outside = [url for url in requests if url != path.as_uri() and not url.startswith("data:")]
+    return found | {"outside": outside, "complaints": complaints}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_real_browser_shows_it_without_errors(recipe, workspace, browser, width, scheme):
+    write_report(recipe, workspace)
+    found = look(browser, Path(workspace.path("report.html")), width, scheme)
+    assert not found["complaints"] and not found["outside"]
+    assert found["images"] > 90
+    assert found["broken"] == 0
+    assert found["overflow"] <= 0, f"the page is {found['overflow']} px wider than a window of {width} px"
+    paper, ink = (sum(map(int, re.findall(r"\d+", found[part])[:3])) for part in ("page", "ink"))
+    assert (paper > ink) == (scheme == "light")
+
+
+def test_the_browser_test_sees_what_is_wrong(browser, tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<body><img src='data:image/png;base64,AAAA' alt='x'><img src='http://127.0.0.1:9/x.png' alt='y'>"
+        "<div style='width:2000px'>wide</div><script>console.error('oh')</script></body>"
+    )
+    found = look(browser, page, 390, "light")
+    assert found["broken"] == 2 and found["overflow"] > 1000
+    assert found["outside"] == ["http://127.0.0.1:9/x.png"] and "oh" in found["complaints"]
 
 
 def test_one_value_of_a_scale_is_no_curve(recipe, workspace):

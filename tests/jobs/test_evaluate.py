@@ -9,8 +9,12 @@ import time
 
 import pytest
 import yaml
+from PIL import Image
+from skimage import data
 
 from ip2p.evaluate.sweep import METRICS, SDEDITS, SHIPPED, UNCHANGED, WORKSPACE
+from ip2p.images import decode
+from ip2p.recipe import ChosenImage, Judge, ModelRef, OtherEditor
 from ip2p.workspace import Workspace
 from jobs import evaluate
 from tests.evaluate.synthetic import make_recipe, make_workspace
@@ -66,7 +70,7 @@ def test_every_edit_is_scored_once_and_the_report_is_written(recipe, workspace, 
 
     capsys.readouterr()
     evaluate.run(recipe, workspace)
-    assert "done already" in capsys.readouterr().out
+    assert "the sweep is done already" in capsys.readouterr().out
     assert workspace.read_table("evaluation", "metrics.parquet").num_rows == edits.num_rows
 
 
@@ -81,6 +85,71 @@ def test_another_model_is_evaluated_anew(recipe, workspace, tiny_editor, local_r
     metrics, edits = (workspace.read_table("evaluation", name) for name in ("metrics.parquet", "edits"))
     assert sorted(metrics["edit_id"].to_pylist()) == sorted(edits["edit_id"].to_pylist())
     assert WORKSPACE in metrics["model"].to_pylist()
+
+
+def test_two_runs_give_equal_rows_and_any_number_of_editors_is_compared(
+    recipe, workspace, tiny_editor, tmp_path, local_ray, capsys
+):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(data.coffee()[:90, :120]).save(photo)
+    other = Workspace(tmp_path / "other")
+    shutil.copytree(tiny_editor, other.path("model"))
+    other.mark_done("model", steps=5)
+    many = {
+        "images": 3,
+        "seeds": 2,
+        "models": {
+            "upstream": OtherEditor(path=str(tiny_editor)),
+            "ten_percent": OtherEditor(workspace=other.location),
+        },
+        "chosen": ChosenImage(image=str(photo), instruction="make it night"),
+    }
+    recipe = recipe.model_copy(update={"truth": "none", "evaluate": recipe.evaluate.model_copy(update=many)})
+    again = Workspace(tmp_path / "again")
+    shutil.copytree(workspace.location, again.location)
+    tables = []
+    for run in (workspace, again):
+        evaluate.run(recipe, run)
+        tables.append(
+            [run.read_table("evaluation", name).sort_by("edit_id") for name in ("metrics.parquet", "grid.parquet")]
+        )
+    metrics, grid = tables[0]
+    assert [one.equals(two) for one, two in zip(*tables, strict=True)] == [True, True]
+
+    assert set(metrics["model"].to_pylist()) == {SHIPPED, "upstream", "ten_percent", UNCHANGED, *SDEDITS}
+    rows = {
+        (row["model"], row["caption_id"], row["guidance_scale"], row["image_guidance_scale"], row["seed"]): row
+        for row in metrics.drop_columns("image").to_pylist()
+    }
+    for (model, *at), row in rows.items():  # the three are the same weights
+        if model == "ten_percent":
+            assert row["clip_sim_image"] == rows[SHIPPED, *at]["clip_sim_image"]
+            assert row["clip_sim_dir"] == rows[SHIPPED, *at]["clip_sim_dir"]
+    assert len({row["seed"] for row in rows.values() if row["model"] == SHIPPED}) == 3 * 2
+
+    assert grid.num_rows == 2 * 2 and set(grid["model"].to_pylist()) == {SHIPPED}
+    assert grid["clip_sim_dir"].null_count == grid.num_rows, "nobody knows captions of this image"
+    assert all(decode(image).shape == (90, 120, 3) for image in grid["image"].to_pylist())
+    with workspace.open_in("report.html") as file:
+        text = file.read().decode()
+    assert "“make it night”" in text and "ten_percent" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"models": {"sdedit": OtherEditor(path="a/b")}}, r"evaluate\.models\.sdedit: the name is taken"),
+        ({"models": {"x": OtherEditor(path="no/such/dir")}}, r"evaluate\.models\.x\.path.*no/such/dir"),
+        ({"models": {"x": OtherEditor(workspace="/nowhere")}}, r"evaluate\.models\.x\.workspace: /nowhere has no"),
+        ({"chosen": ChosenImage(image="/no.png", instruction="x")}, r"evaluate\.chosen\.image: '/no\.png' is no file"),
+        ({"chosen": ChosenImage(image=__file__, instruction="x")}, r"evaluate\.chosen\.image: .*test_evaluate"),
+        ({"judge": Judge(model=ModelRef(path="no/such/vlm"))}, r"evaluate\.judge\.model\.path.*no/such/vlm"),
+    ],
+)
+def test_what_is_not_there_is_told_before_ray_starts(recipe, tmp_path, keys, told):
+    wrong = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=keys)})
+    with pytest.raises(ValueError, match=told):
+        evaluate.run(wrong, Workspace(tmp_path))
 
 
 def test_nothing_to_evaluate_names_the_way_out(recipe, tmp_path):

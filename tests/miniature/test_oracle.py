@@ -120,3 +120,18 @@ def test_attribute_accuracy_counts_each_attribute():
     assert missing["shape"] == 0.5
     with pytest.raises(ValueError, match="1 scenes and 2 images"):
         attribute_accuracy([SCENE], render_batch([SCENE, SCENE]))
+
+
+def test_what_is_kept_of_each_attribute():
+    night = parse_instruction("make it night", SCENE)
+
+    def kept(result: Scene) -> dict:
+        return dict(judge_edit(SCENE, night, read_scenes(render(result)[None])[0]).kept)
+
+    star, circle = SCENE.things
+    everything = dict.fromkeys(("shape", "colour", "size", "place", "background"), True) | {"look": None}
+    assert kept(replace(SCENE, look="night")) == everything, "the edit leaves no look alone"
+    green = (replace(star, colour="green"), circle)
+    assert kept(replace(SCENE, look="night", things=green)) == everything | {"colour": False}
+    lost = kept(replace(SCENE, look="night", things=(star,)))
+    assert [name for name, same in lost.items() if same is False] == ["shape", "colour", "size", "place"]
