@@ -107,7 +107,7 @@ def time_left(done: float, total: float, seconds: float) -> str:
 def show(stage: str, values: Mapping[str, float]) -> None:
     """Export what is as it is now, as the Ray metrics `ip2p_<stage>_<name>`."""
     for name, value in values.items():
-        _gauge(f"ip2p_{stage}_{name}").set(value)
+        _gauge(f"ip2p_{stage}_{name}").set(float(value))
 
 
 @cache
