@@ -275,8 +275,11 @@ class Front:
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await awaitable
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             response.cancel()
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():  # not ours: the engine was ended, and its work with it
+                raise DeadEngineError("the engine gave the edit up") from error
             raise
         except TimeoutError as error:
             response.cancel()
