@@ -50,7 +50,7 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
 
     chain(workspace, SOURCE, SINK, "edit_id", judge.batch_size, steps)
     rows = workspace.read_table(SINK, columns=["judge_status", "judge_error"]).to_pylist()
-    counts = dict(Counter(row["judge_status"] for row in rows))
+    counts: dict[str, Any] = dict(Counter(row["judge_status"] for row in rows))
     workspace.mark_done(DONE, plan=plan, **counts)
     workspace.record("judge_edits", seconds=time.perf_counter() - started, **counts)
     print("judge_edits: " + ", ".join(f"{counts.get(status, 0)} {status}" for status in ("ok", "failed")))
