@@ -40,7 +40,7 @@ from ip2p.models import TextToImage
 from ip2p.recipe import Recipe
 from ip2p.records import DATASET, caption_id
 from ip2p.train.encode import PairEncoder, encode_pairs, token_ids
-from ip2p.train.latents import Batch, LatentPairs, lay_out, sample_indices
+from ip2p.train.latents import Batch, LatentPairs, lay_out, sample_indices, share
 from ip2p.workspace import Workspace
 from jobs import train as job
 
@@ -125,7 +125,7 @@ def encoded_in_the_step(
     recipe: Recipe, model: TextToImage, pictures: np.ndarray, ids: torch.Tensor, step: int
 ) -> Batch:
     """The batch of a step from its images, uint8 (N, 2, H, W, 3), as a trainer without latents/ makes it."""
-    at = sample_indices(len(pictures), recipe.seed, step, 0, 1, recipe.train.batch_size)
+    at = sample_indices(len(pictures), recipe.seed, share(step, recipe.train.batch_size, 0, 1))
     image, target = encode_pairs(model, [list(pair) for pair in pictures[at]], flip=False)
     return Batch(image.float().clone(), target.float().clone(), ids[at])
 
@@ -150,7 +150,7 @@ def loop_rate(recipe: Recipe, flags: Flags, rows: list[dict[str, Any]], ahead: b
     def next_batch(step: int) -> Batch:
         if not ahead:
             return encoded_in_the_step(recipe, model, pictures, ids, step)
-        at = sample_indices(pairs.count, recipe.seed, step, 0, 1, recipe.train.batch_size)
+        at = sample_indices(pairs.count, recipe.seed, share(step, recipe.train.batch_size, 0, 1))
         return pairs.batch(at, torch.rand(len(at)))
 
     plain_loop(recipe, model, next_batch, flags.timed_steps // 3 + flags.timed_steps, clock)

@@ -41,6 +41,9 @@ class Board:
         """`image` is uint8 (H, W, 3)."""
         self._writer.add_image(name, image, step, dataformats="HWC")
 
+    def finish(self) -> None:
+        self._writer.close()
+
     def publish(self) -> None:
         """Let the workspace have all that was written so far; called at every checkpoint."""
         self._safe()

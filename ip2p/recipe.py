@@ -45,8 +45,11 @@ Pixels = Annotated[
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Workers = Annotated[
-    tuple[Positive, Positive],
-    AfterValidator(lambda r: r if r[0] <= r[1] else _refuse(f"workers is a number or (fewest, most), not {r}")),
+    Positive | tuple[Positive, Positive],
+    BeforeValidator(lambda v: v[0] if isinstance(v, list) and len(v) == 1 else v),  # the command line reads 2 as [2]
+    AfterValidator(
+        lambda v: v if isinstance(v, int) or v[0] <= v[1] else _refuse(f"workers: fewest,most, not {v[0]},{v[1]}")
+    ),
 ]
 Solver = Literal["euler_ancestral", "euler", "ddim", "dpmsolver++"]
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -435,7 +438,7 @@ class Train(Section):
     precision: Precision = Field(
         default="float32", description="number format of the forward pass; the weights stay float32"
     )
-    workers: Positive | Workers = Field(
+    workers: Workers = Field(
         default=1,
         description="training processes, one GPU each where there are GPUs; 2,8: as many of 2 to 8 as fit, now "
         "and whenever a machine is lost or comes",

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from ray.train.torch import TorchTrainer, get_device
 from cluster.board import Board
 from cluster.connect import connect, uses_gpu
 from cluster.job import job
+from cluster.mlflow_board import MLflowBoard
 from ip2p.cli import load_settings
 from ip2p.evaluate.pictures import contact_sheet, is_readable
 from ip2p.models import TextToImage, load_text_to_image
@@ -42,10 +44,11 @@ CURVE = pa.schema(
     + [(name, pa.float64()) for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "validation_loss")]
 )
 ROWS_PER_ENCODING_BATCH = 32
+STATE = "state.pt"  # of a checkpoint
 SECONDS_BETWEEN_LINES = 10
 # Keys with which a run goes on; others start anew.
 FREE = {"steps", "cooldown_steps", "checkpoint_every", "keep", "export", "pictures", "micro_batch", "max_broken"}
-FREE |= {"gradient_checkpointing", "encode_replicas"}
+FREE |= {"gradient_checkpointing", "encode_replicas", "workers", "parallel", "compile", "mlflow"}
 
 
 def run(recipe: Recipe, workspace: Workspace, data: Workspace | None = None) -> None:
@@ -165,13 +168,16 @@ def fit(recipe: Recipe, workspace: Workspace, data: Workspace) -> ray.train.Chec
         raise ValueError(
             "train.export: best, but there are no held-out pairs to tell by; see dataset.validation_fraction"
         )
+    if recipe.train.compile and not gpu:
+        print("train: train.compile is for GPUs and is ignored: on CPUs it takes minutes and gains nothing")
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
     same = recipe.train.model_dump(mode="json", exclude=FREE)
     name = "train-" + short_digest([same, recipe.seed, encoded["source"]])
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"recipe": recipe, "workspace": workspace, "data": data, "cpus": cpus, "name": name},
         scaling_config=ScalingConfig(
-            num_workers=recipe.train.workers,
+            num_workers=recipe.train.workers,  # a range is elastic
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
         ),
@@ -215,7 +221,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     here, folders = local_latents(recipe, data)
     pairs = LatentPairs(folders["train"], recipe.train.one_per_caption)
     validation = LatentPairs(folders["validation"]) if "validation" in folders else None
-    state, curve = load_checkpoint(ray.train.get_checkpoint(), model.device)
+    state, curve, again = go_on_from(ray.train.get_checkpoint(), model.device)
     if state is not None and state["step"] > recipe.train.steps:
         raise ValueError(
             f"train.steps: {recipe.train.steps}, but this run is at step {state['step']} already; raise it"
@@ -224,31 +230,40 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         begin = f"from step {state['step']}" if state else "from the start"
         print(f"train: {pairs.count} samples, {recipe.train.steps} steps, {begin}, on {world_size} x {model.device}")
     printer = Printer(recipe.train.steps)
-    board = Board(workspace, config["name"], state["step"] if state else 0) if rank == 0 else None
+    boards: list[Board | MLflowBoard] = []
+    if rank == 0:
+        boards.append(Board(workspace, config["name"], state["step"] if state else 0))
+    if rank == 0 and recipe.train.mlflow is not None:
+        boards.append(MLflowBoard(recipe.train.mlflow, workspace, config["name"], recipe))
     shown = validation_rows(recipe, data)
 
     def look(step: int) -> None:
-        assert board is not None
-        board.image("edits", contact_sheet(model, shown, recipe), step)
+        sheet = contact_sheet(model, shown, recipe)
+        for board in boards:
+            board.image("edits", sheet, step)
 
     def report(metrics: dict[str, float], state: dict[str, Any] | None) -> None:
-        if board is not None:
+        if rank == 0:
             curve.append({name: metrics.get(name) for name in CURVE.names})
             printer(metrics, force=state is not None)
-            board.scalars({name: metrics[name] for name in CURVE.names[1:] if name in metrics}, int(metrics["step"]))
+            for board in boards:
+                board.scalars(
+                    {name: metrics[name] for name in CURVE.names[1:] if name in metrics}, int(metrics["step"])
+                )
         if state is None:
             return
         checkpoint = None
-        if board is not None:
+        if rank == 0:
             directory = tempfile.mkdtemp()  # Ray Train removes it once it is uploaded
-            torch.save({"state": state, "curve": curve}, Path(directory, "state.pt"))
+            save_checkpoint(state, curve, directory)
             write_curve(workspace, curve)
-            board.publish()
+            for board in boards:
+                board.publish()
             checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report(
             metrics,
             checkpoint=checkpoint,
-            checkpoint_dir_name=f"step-{state['step']:07d}",
+            checkpoint_dir_name=f"step-{state['step']:07d}{again}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
 
@@ -264,6 +279,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         rank=rank,
         world_size=world_size,
     )
+    for board in boards:
+        board.finish()
     if context.get_local_rank() == 0:
         shutil.rmtree(here)
 
@@ -314,13 +331,47 @@ def validation_rows(recipe: Recipe, workspace: Workspace) -> list[dict[str, Any]
     return list(chosen.values())[: recipe.train.pictures]
 
 
-def load_checkpoint(checkpoint: ray.train.Checkpoint | None, device: str) -> tuple[dict[str, Any] | None, list[dict]]:
-    """(state of the loop, loss curve so far)."""
+def go_on_from(
+    checkpoint: ray.train.Checkpoint | None, device: str
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]], str]:
+    """(state of the loop, loss curve so far, what to add to the names of new checkpoints); (None, [], "") at first.
+
+    Of the last checkpoint, or where it is broken of the one before it that is not. The broken one keeps its name, by
+    which Ray will remove it in its turn: a new one of that step must have another.
+
+    Raises `ValueError` when none can be read.
+    """
     if checkpoint is None:
-        return None, []
+        return None, [], ""
+    folder, _, last = checkpoint.path.rpartition("/")
+    infos = checkpoint.filesystem.get_file_info(pafs.FileSelector(folder))
+    names = sorted(info.base_name for info in infos if info.base_name.startswith("step-"))
+    for name in [name for name in reversed(names) if name <= last]:
+        try:
+            state, curve = load_checkpoint(ray.train.Checkpoint(f"{folder}/{name}", checkpoint.filesystem), device)
+        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+            print(f"train: {folder}/{name}/{STATE} is broken ({error}); going on from the one before", flush=True)
+            continue
+        return state, curve, "" if name == last else f"-{short_digest(names)}"
+    raise ValueError(f"no checkpoint in {folder} can be read: remove that folder to train from the start")
+
+
+def load_checkpoint(checkpoint: ray.train.Checkpoint, device: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(state of the loop, loss curve so far)."""
     with checkpoint.as_directory() as directory:
-        saved = torch.load(Path(directory, "state.pt"), map_location=device, weights_only=True)
+        saved = torch.load(Path(directory, STATE), map_location=device, weights_only=True)
     return saved["state"], saved["curve"]
+
+
+def save_checkpoint(state: dict[str, Any], curve: list[dict[str, Any]], directory: str) -> None:
+    """What `load_checkpoint` reads. Raises `OSError` that says what to do, where the disk is full for example."""
+    try:
+        torch.save({"state": state, "curve": curve}, Path(directory, STATE))
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+        raise OSError(
+            f"the checkpoint of step {state['step']} could not be written to {directory} ({error}): make room there "
+            "(or set TMPDIR to a larger disk) and run the same command again; it goes on from the checkpoint before"
+        ) from error
 
 
 def write_curve(workspace: Workspace, curve: list[dict]) -> None:
@@ -353,7 +404,6 @@ def write_model(
 ) -> dict[str, Any]:
     """Export the averaged weights of a checkpoint to model/; returns what the model card says."""
     state, curve = load_checkpoint(checkpoint, "cpu")
-    assert state is not None
     write_curve(workspace, curve)
     last = curve[-1]
     assert last["step"] == state["step"]

@@ -160,7 +160,9 @@ def summarize(recipe: Recipe, workspace: Workspace) -> Summary:
             for m in models
             if len(sweep.guidance_scale) > 1
         ],
-        sdedit=[curve(rows, model, "strength", sweep.sdedit_strengths) for model in SDEDITS if rows],
+        sdedit=[
+            curve(rows, m, "strength", sweep.sdedit_strengths) for m in SDEDITS if rows and sweep.sdedit_strengths
+        ],
         predictions=predictions(workspace, rows),
         calibration=summarize_calibration(recipe, workspace),
         marks=judge_marks(recipe, workspace),

@@ -13,15 +13,18 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 import torch
 import yaml
 from diffusers import StableDiffusionInstructPix2PixPipeline
+from mlflow.tracking import MlflowClient
 from PIL import Image
 from skimage import data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cluster.mlflow_board import MLflowBoard
 from ip2p import images
-from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Recipe, Sampling, Train
+from ip2p.recipe import ClipRef, GrammarCaptions, MLflow, ModelRef, Models, Recipe, Sampling, Train
 from ip2p.records import DATASET, caption_id, split_of
 from ip2p.workspace import Workspace
 from jobs import train
@@ -231,6 +234,120 @@ def test_what_is_killed_goes_on_and_ends_as_if_nothing_had_happened(victim, long
     expected_losses, expected_weights = uninterrupted
     assert losses == expected_losses
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+
+
+def checkpoint_of(folder: Path, step: int) -> ray.train.Checkpoint:
+    path = folder / f"step-{step:07d}"
+    path.mkdir(parents=True)
+    train.save_checkpoint({"step": step, "x": torch.ones(1000)}, [{"step": step}], str(path))
+    return ray.train.Checkpoint.from_directory(path)
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_loads(tmp_path, capsys):
+    for step in (20, 40):
+        checkpoint = checkpoint_of(tmp_path, step)
+    state, curve, again = train.go_on_from(checkpoint, "cpu")
+    assert state is not None and state["step"] == 40 and curve == [{"step": 40}] and again == ""
+    file = tmp_path / "step-0000040" / "state.pt"
+    file.write_bytes(file.read_bytes()[:-500])
+    state, curve, again = train.go_on_from(checkpoint, "cpu")
+    assert state is not None and state["step"] == 20 and curve == [{"step": 20}]
+    assert again, "Ray removes the broken one by its name"
+    assert re.search(r"step-0000040/state.pt is broken \(.+\); going on from the one before", capsys.readouterr().out)
+    (tmp_path / "step-0000020" / "state.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"no checkpoint in {tmp_path} can be read: remove that folder"):
+        train.go_on_from(checkpoint, "cpu")
+
+
+def test_a_full_disk_says_what_to_do(tmp_path):
+    """In a process that may write no more than 100 kB to a file."""
+    limited = (
+        "import resource, signal, sys, torch\n"
+        "from jobs import train\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "train.save_checkpoint({'step': 40, 'x': torch.ones(100_000)}, [], sys.argv[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 1
+    assert f"OSError: the checkpoint of step 40 could not be written to {tmp_path}" in done.stderr
+    assert "make room there" in done.stderr and "goes on from the checkpoint before" in done.stderr
+
+
+def test_mlflow_has_what_the_board_has(recipe, tmp_path, monkeypatch):
+    """In a folder, which this version of MLflow wants to be asked for; a run that goes on is the same run."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    settings = MLflow(tracking_uri=f"file://{tmp_path}/mlflow", experiment="edits")
+    for step in (10, 20):
+        board = MLflowBoard(settings, Workspace(tmp_path / "run"), "train-abc", recipe)
+        board.scalars({"loss": 1 / step, "grad_norm": 2.0}, step)
+        board.image("edits", np.zeros((8, 24, 3), np.uint8), step)
+        board.publish()
+        board.finish()
+    client = MlflowClient(settings.tracking_uri)
+    experiment = client.get_experiment_by_name("edits")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(10, 0.1), (20, 0.05)]
+    assert run.data.params["train.steps"] == "4" and run.data.params["models.clip.name"] == "ViT-B-32"
+    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "edits")]
+    assert pictures == ["edits/step-0000010.png", "edits/step-0000020.png"]
+    MLflowBoard(settings, Workspace(tmp_path / "other"), "train-abc", recipe)
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
+ELASTIC = """
+import sys, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from ip2p.cli import read_recipe
+from ip2p.workspace import Workspace
+from jobs import train
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+ray.init(cluster.address)
+recipe, workspace = read_recipe(sys.argv[1]), Workspace(sys.argv[2])
+
+def lose_a_node():
+    while not any("step-" in path for path in workspace.files("checkpoints")):
+        time.sleep(0.2)
+    print("a node is lost", flush=True)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+
+threading.Thread(target=lose_a_node, daemon=True).start()
+train.run(recipe, workspace)
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_node_shrinks_the_group_and_training_goes_on(long_recipe, tmp_path):
+    """Of two machines with a worker each one dies after the first checkpoint; the loss is that of one worker alone."""
+    settings = yaml.safe_load(long_recipe.read_text())
+    settings["train"] |= {"workers": [1, 2], "steps": 200, "encode_replicas": 1}
+    recipe = tmp_path / "elastic.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    workspace, alone = Workspace(tmp_path / "run"), Workspace(tmp_path / "alone")
+    for one in (workspace, alone):
+        write_dataset(one, "train", 4)
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", ELASTIC, str(recipe), workspace.location],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"200 steps, from the start, on 2 x cpu", done.stdout)
+    lost = done.stdout.index("a node is lost")
+    assert re.search(r"200 steps, from step \d+, on 1 x cpu", done.stdout[lost:]), done.stdout
+    settings["train"]["workers"] = 1
+    recipe.write_text(yaml.safe_dump(settings))
+    assert start_job(recipe, alone).wait(600) == 0
+    for (step, loss), (same_step, expected) in zip(result(workspace)[0], result(alone)[0], strict=True):
+        assert step == same_step and loss == pytest.approx(expected, rel=0.05)
 
 
 def test_too_many_broken_images_end_the_job(recipe, tmp_path, local_ray):

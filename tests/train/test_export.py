@@ -1,7 +1,10 @@
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
 
+from ip2p import images
+from ip2p.edit.editor import Editor, EditRequest
 from ip2p.models import load_text_to_image
 from ip2p.recipe import ModelRef, Sampling
 from ip2p.train.export import export
@@ -24,6 +27,29 @@ def test_diffusers_loads_the_averaged_weights(base, full_recipe, tmp_path):
     assert load_text_to_image(ModelRef(path=str(tmp_path)), device="cpu").is_editor
     card = (tmp_path / "README.md").read_text()
     assert "- pairs: 12" in card and "num_inference_steps=3" in card and "name: a test" in card
+
+
+def test_our_editor_and_diffusers_make_the_same_image_with_it(base, full_recipe, tmp_path):
+    """Loaded without a flag, from the same noise."""
+    recipe = full_recipe.model_copy(update={"sampling": Sampling(solver="ddim", steps=3, max_side=64)})
+    with torch.no_grad():
+        base.unet.conv_in.weight.normal_(std=0.1)
+    export(base, EMAModel(base.unet.parameters()).state_dict(), recipe, {}, "make it night", tmp_path)
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    ours = Editor(load_text_to_image(ModelRef(path=str(tmp_path)), device="cpu"), max_side=64).edit(
+        [EditRequest(photo, "make it night", 7.5, 1.5, steps=3, seed=11, solver="ddim")]
+    )[0]
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path)
+    theirs = pipeline(
+        "make it night",
+        image=images.to_tensor(photo[None]),
+        num_inference_steps=3,
+        guidance_scale=7.5,
+        image_guidance_scale=1.5,
+        generator=torch.Generator().manual_seed(11),
+        output_type="np",
+    ).images[0]
+    assert np.abs(ours - 255 * theirs).max() <= 1 and theirs.std() > 0.01
 
 
 def test_an_adapter_is_merged_and_diffusers_sees_none(base, full_recipe, tmp_path):

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,9 @@ def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.unet.named_parameters()}
 
 
-@pytest.mark.parametrize("other", [{}, {"precision": "bfloat16"}, {"lora_rank": 2}, {"micro_batch": 3}])
+@pytest.mark.parametrize(
+    "other", [{}, {"precision": "bfloat16"}, {"precision": "float16"}, {"lora_rank": 2}, {"micro_batch": 3}]
+)
 def test_resumed_weights_equal_the_uninterrupted_run_bit_by_bit(tiny_sd, pairs, recipe, other):
     recipe = recipe.model_copy(update=other)
     whole, resumed = fresh(tiny_sd), fresh(tiny_sd)
@@ -54,6 +57,32 @@ def test_resumed_weights_equal_the_uninterrupted_run_bit_by_bit(tiny_sd, pairs, 
     other = fresh(tiny_sd)
     train(other, pairs, recipe, seed=4, report=Recorder())
     assert not torch.equal(other.unet.conv_in.weight, whole.unet.conv_in.weight)
+
+
+def test_an_editor_and_velocities_are_trained_on_as_well(tiny_editor, pairs, recipe):
+    """From 8 channels as they are; and what the model is to predict is what its scheduler says."""
+    losses = {}
+    for kind in ("epsilon", "v_prediction"):
+        model = load_text_to_image(ModelRef(path=str(tiny_editor)), device="cpu")
+        before = widen_conv_in(model.unet).conv_in.weight.clone()
+        model = replace(model, schedule=replace(model.schedule, prediction_type=kind))
+        record = Recorder()
+        train(model, pairs, recipe, seed=3, report=record)
+        assert before.shape[1] == 8 and not torch.equal(model.unet.conv_in.weight, before)
+        losses[kind] = [metrics["loss"] for metrics in record.metrics]
+    assert losses["epsilon"] != losses["v_prediction"]
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_same_step(tiny_sd, pairs, recipe):
+    plain, compiled = Recorder(), Recorder()
+    recipe = recipe.model_copy(update={"steps": 3})
+    train(fresh(tiny_sd), pairs, recipe, seed=3, report=plain, validation=pairs)
+    train(fresh(tiny_sd), pairs, recipe.model_copy(update={"compile": True}), seed=3, report=compiled, validation=pairs)
+    assert compiled.states.keys() == plain.states.keys()
+    assert compiled.state(3)["unet"].keys() == plain.state(3)["unet"].keys()
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert compiled.metrics[-1][name] == pytest.approx(plain.metrics[-1][name], rel=1e-3)
 
 
 def test_validation_does_not_disturb_training(tiny_sd, pairs, recipe):
