@@ -25,7 +25,6 @@ from cluster.lease import SUBMISSION
 from ip2p.cli import read_recipe
 from ip2p.recipe import REPOSITORY
 from ip2p.records import digest
-from ip2p.workspace import Workspace
 
 # What jobs do not need of the repository; .gitignore leaves out more. Packages are the image's: nothing is installed.
 EXCLUDES = ["/.git", "/.ci", "/.venv", "/tests", "/docs", "/benchmarks", "/requirements", "/cluster/kuberay"]
@@ -62,7 +61,7 @@ def submission(job: str, recipe: Path, workspace: str, flags: Sequence[str]) -> 
             f"--workspace {workspace}: means nothing on another machine; give s3://..., gs://..., or the absolute path "
             "of a folder that all machines share"
         )
-    place = Workspace(workspace).uri()
+    place = workspace.rstrip("/")  # its storage is the cluster's to reach, not ours
     sent = file.relative_to(REPOSITORY)
     command = ["python", "-m", MODULES[job], "--recipe", str(sent), "--workspace", workspace, *flags]
     return Submission(
