@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.job import mistakes_told
@@ -192,10 +193,15 @@ def main(argv: list[str] | None = None) -> None:
     with mistakes_told():
         wanted = submission(settings.job, settings.recipe, settings.workspace, flags)
         try:
-            client = JobSubmissionClient(settings.address)
+            status = run(JobSubmissionClient(settings.address), wanted, settings.again)
         except ConnectionError as error:
             raise ValueError(f"no Ray Jobs server: {error}; name it by --address http://HOST:8265") from error
-        sys.exit(run(client, wanted, settings.again))
+        except AuthenticationError as error:
+            raise ValueError(
+                f"the cluster wants its token ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and put the "
+                "token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            ) from error
+    sys.exit(status)
 
 
 if __name__ == "__main__":
