@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.job import mistakes_told
@@ -25,7 +26,6 @@ from cluster.lease import SUBMISSION
 from ip2p.cli import read_recipe
 from ip2p.recipe import REPOSITORY
 from ip2p.records import digest
-from ip2p.workspace import Workspace
 
 # What jobs do not need of the repository; .gitignore leaves out more. Packages are the image's: nothing is installed.
 EXCLUDES = ["/.git", "/.ci", "/.venv", "/tests", "/docs", "/benchmarks", "/requirements", "/cluster/kuberay"]
@@ -62,7 +62,7 @@ def submission(job: str, recipe: Path, workspace: str, flags: Sequence[str]) -> 
             f"--workspace {workspace}: means nothing on another machine; give s3://..., gs://..., or the absolute path "
             "of a folder that all machines share"
         )
-    place = Workspace(workspace).uri()
+    place = workspace.rstrip("/")  # its storage is the cluster's to reach, not ours
     sent = file.relative_to(REPOSITORY)
     command = ["python", "-m", MODULES[job], "--recipe", str(sent), "--workspace", workspace, *flags]
     return Submission(
@@ -193,10 +193,15 @@ def main(argv: list[str] | None = None) -> None:
     with mistakes_told():
         wanted = submission(settings.job, settings.recipe, settings.workspace, flags)
         try:
-            client = JobSubmissionClient(settings.address)
+            status = run(JobSubmissionClient(settings.address), wanted, settings.again)
         except ConnectionError as error:
             raise ValueError(f"no Ray Jobs server: {error}; name it by --address http://HOST:8265") from error
-        sys.exit(run(client, wanted, settings.again))
+        except AuthenticationError as error:
+            raise ValueError(
+                f"the cluster wants its token ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and put the "
+                "token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            ) from error
+    sys.exit(status)
 
 
 if __name__ == "__main__":

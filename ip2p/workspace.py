@@ -48,7 +48,8 @@ class Workspace:
                 self.fs, self.root = pafs.FileSystem.from_uri(self.location)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(
-                    f"workspace {self.location!r}: {error}; give a local path, s3://bucket/folder or gs://bucket/folder"
+                    f"workspace {self.location!r}: {helps(error)}({error}); give a local path, s3://bucket/folder or "
+                    "gs://bucket/folder"
                 ) from error
         else:
             self.fs, self.root = pafs.LocalFileSystem(), str(Path(self.location).expanduser().absolute())
@@ -97,8 +98,7 @@ class Workspace:
         try:
             yield
         except OSError as error:
-            helps = next((text for pattern, text in TROUBLES.items() if re.search(pattern, str(error))), "")
-            raise ValueError(f"workspace {self.location}: {helps + ' ' if helps else ''}({error})") from error
+            raise ValueError(f"workspace {self.location}: {helps(error)}({error})") from error
 
     def read_table(self, *parts: str, columns: list[str] | None = None) -> pa.Table:
         """All parquet files below a folder, in order of file name, as one table.
@@ -181,6 +181,11 @@ class Workspace:
         with self.open_out(*folders, f".{name}.part") as file:
             file.write(text.encode())
         self.fs.move(self.path(*folders, f".{name}.part"), self.path(*parts))
+
+
+def helps(error: Exception) -> str:
+    """What a storage's error means, and what helps, with a space behind it; "" when that is not known."""
+    return next((f"{text} " for pattern, text in TROUBLES.items() if re.search(pattern, str(error))), "")
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
