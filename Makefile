@@ -24,7 +24,7 @@ $(DONE): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("make setup needs Python 3.11, not %d.%d: make setup PYTHON=/path/to/python3.11" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet "$$(grep '^uv==' $(REQUIREMENTS))"
-	$(BIN)/uv pip sync --python $(BIN)/python $(REQUIREMENTS)
+	$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python $(REQUIREMENTS)
 	touch $@
 
 demo: $(DONE) ## the whole paper in minutes: captions, pairs, dataset, editor, report

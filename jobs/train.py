@@ -295,7 +295,8 @@ def local_latents(recipe: Recipe, data: Workspace) -> tuple[Path, dict[str, Path
     if ray.train.get_context().get_local_rank() == 0:
         paths = [path for path in data.files("latents") if path.endswith(".parquet")]
         for split, folder in folders.items():
-            lay_out(data.fs, paths, split, folder, *(share_of_train(recipe) if split == "train" else ()))
+            fraction, seed = share_of_train(recipe) if split == "train" else (1.0, 0)
+            lay_out(data.fs, paths, split, folder, fraction, seed)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return here, folders
@@ -343,6 +344,7 @@ def go_on_from(
     """
     if checkpoint is None:
         return None, [], ""
+    assert checkpoint.filesystem is not None
     folder, _, last = checkpoint.path.rpartition("/")
     infos = checkpoint.filesystem.get_file_info(pafs.FileSelector(folder))
     names = sorted(info.base_name for info in infos if info.base_name.startswith("step-"))

@@ -160,9 +160,7 @@ def summarize(recipe: Recipe, workspace: Workspace) -> Summary:
             for m in models
             if len(sweep.guidance_scale) > 1
         ],
-        sdedit=[
-            curve(rows, m, "strength", sweep.sdedit_strengths) for m in SDEDITS if rows and sweep.sdedit_strengths
-        ],
+        sdedit=[curve(rows, m, "strength", sweep.sdedit_strengths) for m in SDEDITS if rows and sweep.sdedit_strengths],
         predictions=predictions(workspace, rows),
         calibration=summarize_calibration(recipe, workspace),
         marks=judge_marks(recipe, workspace),

@@ -72,7 +72,7 @@ def lay_out(
     index = index.take(pa.array([n for n, id_ in enumerate(ids) if n == 0 or id_ != ids[n - 1]], pa.int64()))
     if fraction < 1:
         captions_kept = some_captions(index["caption_id"].to_pylist(), fraction, seed)
-        index = index.filter(pc.is_in(index["caption_id"], pa.array(sorted(captions_kept), pa.string())))
+        index = index.filter(pc.field("caption_id").isin(sorted(captions_kept)))
     if not index.num_rows:
         raise ValueError(f"no {split} pair: the dataset is empty or none of its images could be read")
     shapes = np.array(index["shape"].to_pylist())
