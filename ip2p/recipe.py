@@ -370,7 +370,9 @@ class Dataset(Section):
 class MLflow(Section):
     """Where MLflow keeps its runs."""
 
-    tracking_uri: str = Field(description="http(s)://… of a server, or sqlite:///… or a folder, seen by all machines")
+    tracking_uri: str = Field(
+        description="http(s)://… of a server; a folder that all machines see with MLFLOW_ALLOW_FILE_STORE=true"
+    )
     experiment: str = Field(default="ip2p", description="the experiment that the runs belong to; made if need be")
 
 
