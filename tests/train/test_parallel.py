@@ -1,5 +1,6 @@
 """Several ranks on this machine, by gloo, against one."""
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def rank_of_several(rank, ranks, sd, pairs, recipe, state, rendezvous, out):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     record, looks = Recorder(), []
     validation = LatentPairs(pairs)
+    state = copy.deepcopy(state)  # what is handed to processes is one memory, which each rank's Adam would write to
     train(
         fresh(sd),
         LatentPairs(pairs),
