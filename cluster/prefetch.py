@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import httpx
 import ray
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -101,7 +102,7 @@ def fetch(model: Model) -> str:
     try:
         files = HfApi().list_repo_files(model.path, revision=model.revision)
         return snapshot_download(model.path, revision=model.revision, allow_patterns=chosen(files))
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise ValueError(
             f"{model.key}: {model.path} ({model.revision or 'newest'}): {error}; accept its licence on the hub, set "
             "HF_TOKEN, or give a directory as path"

@@ -12,6 +12,6 @@ from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
-def exporter(_: str) -> list[SpanProcessor]:
-    """For Serve, which gives the name of a file. OTEL_EXPORTER_OTLP_* say where to, and with which headers."""
+def exporter() -> list[SpanProcessor]:
+    """For Serve. OTEL_EXPORTER_OTLP_* say where to, and with which headers."""
     return [BatchSpanProcessor(OTLPSpanExporter())]

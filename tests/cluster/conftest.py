@@ -39,6 +39,7 @@ def ray_head(folder: Path, cpus: int = 4) -> Iterator[str]:
     ]  # fmt: skip
     unset = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     env = {key: value for key, value in os.environ.items() if key not in unset} | {"RAY_AUTH_MODE": "disabled"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # jobs are `python -m ...`, as in the image
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"

@@ -152,7 +152,7 @@ def test_a_cluster_with_a_bad_machine(recipe, tmp_path, monkeypatch):
             cluster.shutdown()
     assert fetched.returncode == 1, fetched.stderr
     said = fetched.stdout.splitlines()
-    assert sum(" models.llm: /" in line for line in said) == 2
+    assert sum(" models.llm: /" in line for line in said) == 2, fetched.stdout + fetched.stderr
     assert sum(" error: models.llm: me/tiny" in line for line in said) == 1
     downloads = [call for call in models.calls if "/resolve/" in call]  # pyright: ignore[reportAttributeAccessIssue]
     assert not any("pytorch_model.bin" in call for call in downloads)
