@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,11 +57,11 @@ def served(recipe, workspace: Workspace | None, keys: list[Key] | None) -> Itera
         serve.shutdown()
 
 
-def replicas(deployment: str = "") -> dict[int, psutil.Process]:
+def replicas(deployment: str = "[A-Za-z]+") -> dict[int, psutil.Process]:
     """The replicas of this process's Ray, by pid."""
     processes = psutil.Process().children(recursive=True)
-    title = f"SERVE_REPLICA::ip2p#{deployment}#" if deployment else "SERVE_REPLICA::ip2p#"
-    return {process.pid: process for process in processes if title in "".join(_title(process))}
+    title = re.compile(rf"ServeReplica:ip2p:{deployment}\b")
+    return {process.pid: process for process in processes if title.search("".join(_title(process)))}
 
 
 def _title(process: psutil.Process) -> list[str]:
