@@ -60,7 +60,7 @@ def served(recipe, workspace: Workspace | None, keys: list[Key] | None) -> Itera
 def replicas(deployment: str = "[A-Za-z]+") -> dict[int, psutil.Process]:
     """The replicas of this process's Ray, by pid."""
     processes = psutil.Process().children(recursive=True)
-    title = re.compile(rf"ServeReplica:ip2p:{deployment}\b")
+    title = re.compile(rf"ServeReplica:ip2p:{deployment}\b|SERVE_REPLICA::ip2p#{deployment}#")
     return {process.pid: process for process in processes if title.search("".join(_title(process)))}
 
 
