@@ -30,12 +30,13 @@ class Board:
         self.workspace, self.name = workspace, name
         self._folder = tempfile.TemporaryDirectory()
         self._writer = SummaryWriter(self._folder.name, purge_step=first_step)
-        self._safe()
+        self._safe_at = time.time()  # what was done until then a crash does not cost: so far nothing is
 
     def scalars(self, values: Mapping[str, Any], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        show("train", {"step": step, **values})
+        # Ray forgets a gauge that is not set again and again.
+        show("train", {"step": step, "checkpoint_timestamp_seconds": self._safe_at, **values})
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """`image` is uint8 (H, W, 3)."""
@@ -46,7 +47,7 @@ class Board:
 
     def publish(self) -> None:
         """Let the workspace have all that was written so far; called at every checkpoint."""
-        self._safe()
+        self._safe_at = time.time()
         self._writer.flush()
         self.workspace.fs.create_dir(self.workspace.path("tensorboard", self.name), recursive=True)
         pafs.copy_files(
@@ -54,7 +55,3 @@ class Board:
             self.workspace.path("tensorboard", self.name),
             destination_filesystem=self.workspace.fs,
         )
-
-    def _safe(self) -> None:
-        """What was done until now a crash would not cost: it is in a checkpoint, or nothing is done yet."""
-        show("train", {"checkpoint_timestamp_seconds": time.time()})

@@ -12,10 +12,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import httpx
 import ray
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.connect import connect
@@ -102,7 +101,7 @@ def fetch(model: Model) -> str:
     try:
         files = HfApi().list_repo_files(model.path, revision=model.revision)
         return snapshot_download(model.path, revision=model.revision, allow_patterns=chosen(files))
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise ValueError(
             f"{model.key}: {model.path} ({model.revision or 'newest'}): {error}; accept its licence on the hub, set "
             "HF_TOKEN, or give a directory as path"

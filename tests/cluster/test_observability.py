@@ -1,5 +1,6 @@
 """Dashboard and alerts: their queries against what a live run exports, and traces of a request that was served."""
 
+import itertools
 import json
 import re
 import shutil
@@ -158,13 +159,15 @@ def live(tmp_path_factory, collector, tiny_sd, tiny_editor):
     @ray.remote(num_cpus=0)
     class Worker:
         def train(self) -> None:
-            self.board = Board(Workspace(place), "train", 0)
-            scalars = {"loss": 0.5, "validation_loss": 0.6, "samples_per_second": 3.0}
-            self.board.scalars(scalars, 5)
-            self.board.publish()
+            board = Board(Workspace(place), "train", 0)
+            for step in itertools.count():
+                board.scalars({"loss": 0.5, "validation_loss": 0.6, "samples_per_second": 3.0}, step)
+                if step % 10 == 0:
+                    board.publish()
+                time.sleep(1)
 
     worker = Worker.remote()
-    ray.get(worker.train.remote())
+    worker.train.remote()
     count_stages()
     ref = {"path": str(tiny_sd)}
     models = {"text_to_image": ref, "clip": {"name": "ViT-B-32", "pretrained": "openai"}, "llm": ref}

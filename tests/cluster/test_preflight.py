@@ -132,7 +132,7 @@ def test_a_cluster_with_a_bad_machine(recipe, tmp_path, monkeypatch):
     with s3.s3_server() as storage, hub(files) as models:
         address = f"http://127.0.0.1:{models.server_address[1]}"
         good = {**storage, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "shared")}
-        bad = {**good, "AWS_ENDPOINT_URL": "http://127.0.0.1:1", "HF_ENDPOINT": "http://127.0.0.1:1"}
+        bad = {**good, "AWS_ENDPOINT_URL": "http://127.0.0.1:1", "HF_ENDPOINT": f"{address}/nothing"}
         bad["HF_HOME"] = str(tmp_path / "own")
         (tmp_path / "own").mkdir()
         llm = ModelRef(path="me/tiny", revision=COMMIT)
@@ -160,6 +160,7 @@ def test_a_cluster_with_a_bad_machine(recipe, tmp_path, monkeypatch):
     assert COMMIT in str(snapshot) and snapshot.read_bytes() == b"weights"
 
     assert looked.returncode == 1, looked.stdout + looked.stderr
+    assert "Traceback" not in looked.stderr, looked.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in looked.stdout.splitlines() if "│" in line]
     failed = {(row[0].split()[0], row[1]) for row in rows if len(row) == 5 and row[2] == "FAIL"}
     assert failed == {("vllm", "GPUs"), ("vllm", "storage"), ("vllm", "weights")}, looked.stdout
