@@ -126,6 +126,7 @@ def command(module: str, address: str, environment: dict[str, str], *flags: str)
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_cluster_with_a_bad_machine(recipe, tmp_path, monkeypatch):
     files = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"weights, too"}

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from PIL import Image
@@ -114,7 +116,12 @@ def test_two_runs_give_equal_rows_and_any_number_of_editors_is_compared(
             [run.read_table("evaluation", name).sort_by("edit_id") for name in ("metrics.parquet", "grid.parquet")]
         )
     metrics, grid = tables[0]
-    assert [one.equals(two) for one, two in zip(*tables, strict=True)] == [True, True]
+    for one, two in zip(*tables, strict=True):
+        for name in one.column_names:
+            if pa.types.is_float32(one[name].type):  # batches fall together differently: last bits
+                np.testing.assert_allclose(one[name].to_numpy(), two[name].to_numpy(), rtol=0, atol=1e-5)
+            else:
+                assert one[name].equals(two[name]), name
 
     assert set(metrics["model"].to_pylist()) == {SHIPPED, "upstream", "ten_percent", UNCHANGED, *SDEDITS}
     rows = {
@@ -123,8 +130,8 @@ def test_two_runs_give_equal_rows_and_any_number_of_editors_is_compared(
     }
     for (model, *at), row in rows.items():  # the three are the same weights
         if model == "ten_percent":
-            assert row["clip_sim_image"] == rows[SHIPPED, *at]["clip_sim_image"]
-            assert row["clip_sim_dir"] == rows[SHIPPED, *at]["clip_sim_dir"]
+            for name in ("clip_sim_image", "clip_sim_dir"):
+                assert row[name] == pytest.approx(rows[SHIPPED, *at][name], abs=1e-5)
     assert len({row["seed"] for row in rows.values() if row["model"] == SHIPPED}) == 3 * 2
 
     assert grid.num_rows == 2 * 2 and set(grid["model"].to_pylist()) == {SHIPPED}
