@@ -398,16 +398,24 @@ def test_the_keyboard_alone_is_enough(visit):
 
 def test_a_picture_can_be_dropped_and_pasted(visit):
     page = visit()
-    give = """([png, kind]) => {
+    examples = re.findall(r'png: "(.+?)"', PAGE.read_text())
+    give = """([png, kind, submit]) => {
         const bytes = Uint8Array.from(atob(png), letter => letter.charCodeAt(0)), data = new DataTransfer();
         data.items.add(new File([bytes], "scene.png", {type: "image/png"}));
         const [Kind, field] = kind === "drop" ? [DragEvent, "dataTransfer"] : [ClipboardEvent, "clipboardData"];
         document.body.dispatchEvent(new Kind(kind, {[field]: data, bubbles: true, cancelable: true}));
+        if (submit) document.getElementById("form").requestSubmit();
     }"""
     for count, kind in enumerate(("drop", "paste"), start=1):
-        page.evaluate(give, [re.findall(r'png: "(.+?)"', PAGE.read_text())[count], kind])
+        page.evaluate(give, [examples[count], kind, False])
         expect(page.locator("#strip li")).to_have_count(count)
         expect(page.locator("#before")).to_be_visible()
+    page.locator("#instruction").fill("add fog")
+    page.evaluate(give, [examples[0], "drop", True])  # who is quick gets the edit of the new picture
+    expect(page.locator("#result")).to_be_visible()
+    expect(page.locator("#strip li")).to_have_count(4)
+    before = page.locator("#strip li:nth-child(3) img").get_attribute("src")
+    assert page.locator("#before").get_attribute("src") == before
 
 
 def test_a_large_picture_is_made_smaller_and_an_odd_format_is_sent_as_png(visit, tmp_path):
@@ -418,7 +426,9 @@ def test_a_large_picture_is_made_smaller_and_an_odd_format_is_sent_as_png(visit,
     large.write_bytes(saved(Image.new("RGB", (3000, 1500), "teal"), "JPEG"))
     odd.write_bytes(saved(Image.new("RGB", (64, 32), "pink"), "BMP"))
     for file, size in ((large, (1024, 2048)), (odd, (32, 64))):
+        pictures = page.locator("#strip li").count()
         page.locator("#file").set_input_files(file)
+        expect(page.locator("#strip li")).to_have_count(pictures + 1)
         set_fields(page, num_inference_steps=1)
         edit(page, "make it night")
         sent = images.decode(b64decode(requests[-1]["image"].partition(",")[2]))
