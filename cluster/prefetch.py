@@ -68,7 +68,9 @@ def missing(model: Model) -> str:
         folder = Path(model.path)
     else:
         try:
-            folder = Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
+            # Only small files: a repository has more than is fetched of it, and the hub's client misses the rest.
+            here = {"revision": model.revision, "local_files_only": True, "allow_patterns": SMALL}
+            folder = Path(snapshot_download(model.path, **here))
         except LocalEntryNotFoundError:
             return f"{model.path} is not in the cache"
     if not folder.is_dir():
