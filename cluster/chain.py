@@ -1,5 +1,6 @@
 """What the jobs that evaluate have in common: a folder -> a chain of steps -> another folder, resumable."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,20 @@ from ip2p.workspace import Workspace
 ACTOR_CPUS = 0.4
 TASK_CPUS = 0.1
 CHECKPOINT_FILTER_BYTES = 64 * 2**20  # at least; Ray asks for more when the ids need more
+
+
+def begin(workspace: Workspace, plan: str, folders: tuple[str, ...]) -> None:
+    """Remove `folders` unless they are of this plan, which the first of them holds."""
+    if workspace.exists(folders[0], "plan.json"):
+        with workspace.open_in(folders[0], "plan.json") as file:
+            if json.loads(file.read()) == plan:
+                return
+        print(f"{folders[0]}: the model or the recipe has changed, it is made anew")
+    for folder in folders:
+        if workspace.exists(folder):
+            workspace.fs.delete_dir(workspace.path(folder))
+    with workspace.open_out(folders[0], "plan.json") as file:
+        file.write(json.dumps(plan).encode())
 
 
 def chain(

@@ -3,6 +3,7 @@
 import os
 
 import ray
+from ray._private.state import state as ray_state
 from ray.data import DataContext
 
 # In a resumed run the checkpoint's filter and a stage's actors hold a CPU each to the end, and Ray's own listing and
@@ -40,4 +41,4 @@ def uses_gpu(device: str) -> bool:
 
 def gpus_to_come() -> float:
     """GPUs of an autoscaling cluster at its largest; 0 where nothing scales. (Ray Train asks Ray in the same way.)"""
-    return (ray._private.state.state.get_max_resources_from_cluster_config() or {}).get("GPU", 0)
+    return (ray_state.get_max_resources_from_cluster_config() or {}).get("GPU", 0)

@@ -53,7 +53,8 @@ class Ledger:
 
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._book = ray.remote(num_cpus=0, scheduling_strategy=here)(_Book).remote()
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+        self._book = ray.remote(**options)(_Book).remote()
 
     def begin(self, what: Sequence[str]) -> int:
         """Note that `what` begins; returns how often it has begun before without an end."""

@@ -131,7 +131,8 @@ def nodes() -> dict[str, dict[str, Any]]:
 def on_node(node_id: str, function: Callable[..., Any], *arguments: Any) -> ray.ObjectRef:
     """Run a function there; it asks for nothing, so that a busy node and a head without CPUs run it, too."""
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function).remote(*arguments)
+    options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+    return ray.remote(**options)(function).remote(*arguments)
 
 
 def run(wanted: Sequence[Model]) -> bool:

@@ -20,6 +20,7 @@ from uuid import uuid4
 import psutil
 import ray
 from pydantic import BaseModel, Field
+from ray._private import worker
 from ray.exceptions import GetTimeoutError, RayError
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +89,7 @@ def look(has_gpus: bool, location: str, token: str, wanted: Sequence[Model]) -> 
     if has_gpus:
         look_at_gpus(facts)
     facts.missing = {model.key: problem for model in wanted if (problem := missing(model))}
-    session = ray._private.worker._global_node.get_session_dir_path()  # pyright: ignore[reportOptionalMemberAccess]
+    session = worker._global_node.get_session_dir_path()  # pyright: ignore[reportAttributeAccessIssue]
     for folder in {session, tempfile.gettempdir(), os.environ.get("HF_HOME", "")} - {""}:
         if os.path.isdir(folder):  # noqa: PTH112
             usage = psutil.disk_usage(folder)

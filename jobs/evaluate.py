@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import Dataset
 
-from cluster.chain import chain, scored
+from cluster.chain import begin, chain, scored
 from cluster.connect import connect
 from cluster.job import job
 from cluster.progress import Tally
@@ -55,7 +55,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Summary:
 def sweep(recipe: Recipe, workspace: Workspace, names: list[str], plan: str) -> None:
     """Make and score all edits, and judge pairs where truth is known."""
     started = time.perf_counter()
-    begin(workspace, plan)
+    begin(workspace, plan, ("evaluation", "checkpoints/evaluation"))
     test = test_set(recipe, workspace)
     edits = plan_edits(recipe, test, names)
     print(f"evaluate: {edits.num_rows} edits of {test.num_rows} test images by {', '.join(names)} and the baselines")
@@ -131,20 +131,6 @@ def fingerprint(recipe: Recipe, workspace: Workspace, names: list[str]) -> str:
     others = [Workspace(other.workspace) for other in recipe.evaluate.models.values() if other.workspace is not None]
     trained = [run.counts("model") if run.done("model") else None for run in (workspace, *others)]
     return f"{digest(json.dumps([keys, trained, names], sort_keys=True)):016x}"
-
-
-def begin(workspace: Workspace, plan: str) -> None:
-    """Remove what another plan has left behind."""
-    if workspace.exists("evaluation", "plan.json"):
-        with workspace.open_in("evaluation", "plan.json") as file:
-            if json.loads(file.read()) == plan:
-                return
-        print("evaluate: the model or the recipe has changed, evaluating anew")
-    for folder in ("evaluation", "checkpoints/evaluation"):
-        if workspace.exists(folder):
-            workspace.fs.delete_dir(workspace.path(folder))
-    with workspace.open_out("evaluation", "plan.json") as file:
-        file.write(json.dumps(plan).encode())
 
 
 def write_part(workspace: Workspace, table: pa.Table, folder: str) -> None:

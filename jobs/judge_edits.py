@@ -13,7 +13,7 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from cluster.chain import ACTOR_CPUS, TASK_CPUS, chain
+from cluster.chain import ACTOR_CPUS, TASK_CPUS, begin, chain
 from cluster.connect import connect, uses_gpu
 from cluster.progress import Counted, Tally
 from ip2p.cli import load_settings
@@ -41,7 +41,7 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     if workspace.done(DONE) and workspace.counts(DONE)["plan"] == plan:
         print("judge_edits: done already")
         return
-    begin(workspace, plan)
+    begin(workspace, plan, (DONE, SINK, f"checkpoints/{SOURCE}"))
     connect()
     print(f"judge_edits: {judge.replicas} vLLM engine(s) with {judge.model.path}", flush=True)
 
@@ -62,19 +62,6 @@ def fingerprint(recipe: Recipe, judge: Judge, workspace: Workspace) -> str:
     """Changes when marks would: with the judge and the edits."""
     keys = [judge.model.model_dump(mode="json"), judge.max_tokens, recipe.seed, workspace.counts("evaluation")["plan"]]
     return f"{digest(json.dumps(keys, sort_keys=True)):016x}"
-
-
-def begin(workspace: Workspace, plan: str) -> None:
-    """Remove what another plan has left behind."""
-    if workspace.exists(DONE, "plan.json"):
-        with workspace.open_in(DONE, "plan.json") as file:
-            if json.loads(file.read()) == plan:
-                return
-    for folder in (DONE, SINK, f"checkpoints/{SOURCE}"):
-        if workspace.exists(folder):
-            workspace.fs.delete_dir(workspace.path(folder))
-    with workspace.open_out(DONE, "plan.json") as file:
-        file.write(json.dumps(plan).encode())
 
 
 def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace: Workspace) -> Dataset:

@@ -2,10 +2,9 @@
 
 A keys file (YAML or JSON), or the same text in IP2P_SERVE_KEYS:
 
-    keys:
-      - {name: shop, sha256: 9f86d0…, edits_per_minute: 600, concurrent_edits: 64}
+    - {name: shop, sha256: 9f86d0…, edits_per_minute: 600, concurrent_edits: 64}
 
-`python -m serve.keys NAME` draws a key, and prints it with the line for the file.
+`python -m serve.keys NAME >> keys.yaml` draws a key, shows it on the terminal, and adds its line to the file.
 """
 
 import argparse
@@ -14,13 +13,14 @@ import hmac
 import math
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from ip2p.recipe import Positive, Section
 
@@ -36,8 +36,7 @@ class Key(Section):
     concurrent_edits: Positive = Field(default=64, description="waiting or on their way")
 
 
-class KeyFile(Section):
-    keys: Annotated[list[Key], Field(min_length=1)]
+KEYS = TypeAdapter(Annotated[list[Key], Field(min_length=1)])
 
 
 def read_keys(path: str | None) -> list[Key]:
@@ -53,7 +52,7 @@ def read_keys(path: str | None) -> list[Key]:
             f"{VARIABLE}; `python -m serve.keys NAME` makes one; --open (`open: true`) serves this machine without any"
         )
     try:
-        keys = KeyFile.model_validate(yaml.safe_load(text)).keys
+        keys = KEYS.validate_python(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise ValueError(f"{source}: {error}") from error
     for what in ("name", "sha256"):
@@ -131,13 +130,13 @@ class Clients:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw a key; print it, and the line for the keys file.")
+    parser = argparse.ArgumentParser(description="Draw a key: shown on the terminal, its line for the file printed.")
     parser.add_argument("name", help="whose it is")
     name = parser.parse_args(argv).name
     key = f"ip2p-{secrets.token_urlsafe(32)}"
-    print(f"the key, which is kept nowhere: {key}")
+    print(f"the key, which is kept nowhere: {key}", file=sys.stderr)
     line = Key(name=name, sha256=hashlib.sha256(key.encode()).hexdigest()).model_dump()
-    print(yaml.safe_dump({"keys": [line]}, sort_keys=False), end="")
+    print(yaml.safe_dump([line], sort_keys=False), end="")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def make_api(front: Front, clients: Clients, longest_edit: float) -> FastAPI:
     api.add_middleware(Door, clients=clients, upload_s=front.recipe.serve.upload_s, count=front.count)
     _add_errors(api)
     _add_facts(api, front)
+    _add_openai_edits(api, front, longest_edit)
     _add_edits(api, front, longest_edit)
     return api
 
@@ -188,7 +189,7 @@ UntilAnswered = Annotated[contextlib.ExitStack, Depends(_until_answered)]
 Tell = Callable[[str, dict[str, Any]], None]
 
 
-def _add_edits(api: FastAPI, front: Front, longest_edit: float) -> None:
+def _add_openai_edits(api: FastAPI, front: Front, longest_edit: float) -> None:
     @api.post(
         "/v1/images/edits",
         response_model=EditResponse,
@@ -243,6 +244,8 @@ def _add_edits(api: FastAPI, front: Front, longest_edit: float) -> None:
             **made_by,
         )
 
+
+def _add_edits(api: FastAPI, front: Front, longest_edit: float) -> None:
     @api.post(
         "/v1/edits",
         response_model=EditsResponse,

@@ -12,18 +12,20 @@ from serve.keys import VARIABLE, Client, Clients, RefusedError, read_keys
 from tests.serve.conftest import make_key
 
 
-def test_a_drawn_key_opens_and_only_its_hash_is_in_the_file(tmp_path):
-    command = [sys.executable, "-m", "serve.keys", "shop"]
-    printed = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=120).stdout
-    line, _, text = printed.partition("\n")
-    token = line.split()[-1]
-    file = tmp_path / "keys.yaml"
-    file.write_text(text)
-    assert token not in text
+def test_drawn_keys_open_and_only_their_hashes_are_in_the_file(tmp_path):
+    file, tokens = tmp_path / "keys.yaml", {}
+    for name in ("shop", "archive"):
+        command = [sys.executable, "-m", "serve.keys", name]
+        ran = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=120)
+        tokens[name] = ran.stderr.split()[-1]
+        with file.open("a") as keys:
+            keys.write(ran.stdout)
+        assert tokens[name] not in file.read_text()
     clients = Clients(read_keys(str(file)))
-    client = clients.of(f"Bearer {token}")
-    assert client is not None
-    assert client.key.name == "shop"
+    for name, token in tokens.items():
+        client = clients.of(f"Bearer {token}")
+        assert client is not None
+        assert client.key.name == name
     for wrong in (None, "", token, f"Basic {token}", f"Bearer {token}x", "Bearer", "Bearer \udcff"):
         with pytest.raises(RefusedError, match="Authorization: Bearer") as refused:
             clients.of(wrong)
@@ -31,7 +33,7 @@ def test_a_drawn_key_opens_and_only_its_hash_is_in_the_file(tmp_path):
 
 
 def test_keys_may_lie_in_the_environment(monkeypatch):
-    monkeypatch.setenv(VARIABLE, yaml.safe_dump({"keys": [make_key("shop", "x").model_dump()]}))
+    monkeypatch.setenv(VARIABLE, yaml.safe_dump([make_key("shop", "x").model_dump()]))
     assert [key.name for key in read_keys(None)] == ["shop"]
 
 
@@ -39,11 +41,12 @@ def test_keys_may_lie_in_the_environment(monkeypatch):
     ("text", "says"),
     [
         ("", "no keys"),
-        ("keys: []", "at least 1"),
-        ("keys: [{name: a, sha256: secret}]", "sha256"),
-        ("keys: [{name: a, key: secret}]", "sha256"),
-        ("keys: {", "keys.yaml"),
-        (yaml.safe_dump({"keys": [make_key("a", "x").model_dump()] * 2}), "twice"),
+        ("[]", "at least 1"),
+        ("[{name: a, sha256: secret}]", "sha256"),
+        ("[{name: a, key: secret}]", "sha256"),
+        ("[{", "keys.yaml"),
+        ("keys: []", "valid list"),
+        (yaml.safe_dump([make_key("a", "x").model_dump()] * 2), "twice"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, monkeypatch, text, says):
