@@ -89,6 +89,7 @@ def test_another_model_is_evaluated_anew(recipe, workspace, tiny_editor, local_r
     assert WORKSPACE in metrics["model"].to_pylist()
 
 
+@pytest.mark.slow
 def test_two_runs_give_equal_rows_and_any_number_of_editors_is_compared(
     recipe, workspace, tiny_editor, tmp_path, local_ray, capsys
 ):

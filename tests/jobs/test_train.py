@@ -104,6 +104,7 @@ def test_from_dataset_to_diffusers(recipe, tmp_path, local_ray, capsys):
     assert "done already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_goes_on_from_the_last_checkpoint_as_if_never_stopped(recipe, tmp_path, local_ray):
     """A run of 2 steps, then of 4 in the same workspace, equals one of 4: two ranks, each with its own noise."""
     stopped, whole = Workspace(tmp_path / "stopped"), Workspace(tmp_path / "whole")
