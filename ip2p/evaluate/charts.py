@@ -106,7 +106,12 @@ def _line(line: Series, css: str, at) -> str:
                 f"({point.x:.3g}, {point.y.mean:.3f})</title></circle>"
             )
             if point.label:
-                parts.append(f'<text class="label" x="{x + 6:.1f}" y="{y - 6:.1f}">{escape(point.label)}</text>')
+                # Towards the middle where it would run out of the picture.
+                dx, anchor = (6, "start") if x < 0.8 * WIDTH else (-6, "end")
+                parts.append(
+                    f'<text class="label" x="{x + dx:.1f}" y="{y - 6:.1f}" text-anchor="{anchor}">'
+                    f"{escape(point.label)}</text>"
+                )
     return "".join([*parts, "</g>"])
 
 
