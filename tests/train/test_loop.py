@@ -6,7 +6,8 @@ import torch
 
 from ip2p.models import load_text_to_image
 from ip2p.recipe import ModelRef
-from ip2p.train.loop import averaged_weights, learning_rate, train, validation_loss
+from ip2p.train.latents import share
+from ip2p.train.loop import averaged_weights, draw, learning_rate, train, validation_loss
 from ip2p.train.unet import widen_conv_in
 
 
@@ -175,3 +176,22 @@ def test_a_look_sees_the_averaged_weights_and_disturbs_nothing(tiny_sd, pairs, r
     assert list(seen) == [3, 6]
     assert all(torch.equal(a, b) for a, b in zip(seen[6].values(), ema.shadow_params, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain.unet.parameters(), looked_at.unet.parameters(), strict=True))
+
+
+def test_a_sample_is_drawn_alike_whoever_trains_on_it_and_no_two_alike(pairs, recipe):
+    drawn = {
+        place: one
+        for step in (0, 1)
+        for rank in range(3)
+        for places in [share(step, recipe.batch_size, rank, 3)]
+        for place, one in zip(places, _each(draw(places, pairs, recipe, 1000, seed=3)), strict=True)
+    }
+    assert sorted(drawn) == list(range(2 * recipe.batch_size))
+    alone = _each(draw(range(2 * recipe.batch_size), pairs, recipe, 1000, seed=3))
+    assert all(torch.equal(drawn[place].noise, one.noise) for place, one in enumerate(alone))
+    assert all(drawn[place].timesteps == one.timesteps for place, one in enumerate(alone))
+    assert len({one.noise.sum().item() for one in alone}) == len(alone)
+
+
+def _each(drawn):
+    return [drawn[slice(row, row + 1)] for row in range(len(drawn.noise))]
