@@ -83,7 +83,7 @@ def test_another_model_is_evaluated_anew(recipe, workspace, tiny_editor, local_r
     workspace.mark_done("model", steps=3)
     capsys.readouterr()
     evaluate.run(only_baselines, workspace)
-    assert "evaluating anew" in capsys.readouterr().out
+    assert "it is made anew" in capsys.readouterr().out
     metrics, edits = (workspace.read_table("evaluation", name) for name in ("metrics.parquet", "edits"))
     assert sorted(metrics["edit_id"].to_pylist()) == sorted(edits["edit_id"].to_pylist())
     assert WORKSPACE in metrics["model"].to_pylist()

@@ -17,7 +17,7 @@ RECIPE = "recipes/miniature.yaml"
 
 @pytest.fixture(autouse=True)
 def _keys(monkeypatch):
-    monkeypatch.setenv(VARIABLE, yaml.safe_dump({"keys": [make_key("shop", "x").model_dump()]}))
+    monkeypatch.setenv(VARIABLE, yaml.safe_dump([make_key("shop", "x").model_dump()]))
 
 
 def engines_of(built) -> dict:
