@@ -84,16 +84,17 @@ def train(
     Returns:
         The moving average of the parameters that were trained (`unet.trainable`): the weights to use.
     """
-    unet = model.unet.float().to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
+    sharded = recipe.parallel == "fsdp" and world_size > 1
+    layout = torch.contiguous_format if sharded else torch.channels_last  # FSDP2 takes no other
+    unet = model.unet.float().to(memory_format=layout).train()  # pyright: ignore[reportCallIssue]
     trained = trainable(unet, recipe.lora_rank)
     if recipe.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    sharded = recipe.parallel == "fsdp" and world_size > 1
     if sharded:
         trained = shard(unet)
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     scaler = torch.amp.GradScaler(torch.device(model.device).type, enabled=recipe.precision == "float16")
-    ema = EMAModel(trained, decay=recipe.ema_decay, foreach=True)
+    ema = EMAModel(trained, decay=recipe.ema_decay, foreach=not sharded)  # DTensors know no foreach copy
     first_step = 0
     if state is not None:
         first_step = restore(state, unet, optimizer, scaler, ema)
