@@ -17,6 +17,21 @@ Call = dict[str, Any]  # arguments of httpx.Client.request
 PHOTO = Image.fromarray(noise(40, 56, 3))
 FILES = {format: saved(PHOTO, format) for format in ("PNG", "JPEG", "WEBP")}
 GOOD = FILES["PNG"]
+NO_PICTURES = [
+    b"",
+    GOOD + b"PK\x03\x04 an archive",
+    FILES["JPEG"] + b"<script>alert(1)</script>",
+    FILES["WEBP"] + b"%PDF-1.7",
+    saved(Image.fromarray(noise(8, 8, 3)).convert("CMYK"), "JPEG"),
+    saved(Image.fromarray(noise(8, 8).astype(np.uint16) * 257), "PNG"),
+    saved(PHOTO, "WEBP", save_all=True, append_images=[PHOTO.rotate(90)], duration=100),
+    saved(PHOTO, "PNG", save_all=True, append_images=[PHOTO.rotate(90)]),
+    saved(PHOTO, "GIF"),
+    saved(PHOTO, "TIFF"),
+    saved(Image.new("1", (20_000, 20_000)), "PNG"),
+    GOOD[:16] + bytes(8) + GOOD[24:],
+    b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+]
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 
 NUMBERS = st.sampled_from(
@@ -40,23 +55,7 @@ def bad_pictures(draw: st.DrawFn) -> bytes:
         st.one_of(
             st.binary(max_size=600),
             st.integers(0, len(whole) * 2 // 3).map(lambda end: whole[:end]),
-            st.sampled_from(
-                [
-                    b"",
-                    GOOD + b"PK\x03\x04 an archive",
-                    FILES["JPEG"] + b"<script>alert(1)</script>",
-                    FILES["WEBP"] + b"%PDF-1.7",
-                    saved(Image.fromarray(noise(8, 8, 3)).convert("CMYK"), "JPEG"),
-                    saved(Image.fromarray(noise(8, 8).astype(np.uint16) * 257), "PNG"),
-                    saved(PHOTO, "WEBP", save_all=True, append_images=[PHOTO.rotate(90)], duration=100),
-                    saved(PHOTO, "PNG", save_all=True, append_images=[PHOTO.rotate(90)]),
-                    saved(PHOTO, "GIF"),
-                    saved(PHOTO, "TIFF"),
-                    saved(Image.new("1", (20_000, 20_000)), "PNG"),
-                    GOOD[:16] + bytes(8) + GOOD[24:],
-                    b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
-                ]
-            ),
+            st.sampled_from(NO_PICTURES),
         )
     )
 
