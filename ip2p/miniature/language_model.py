@@ -31,7 +31,7 @@ from ip2p.miniature.language_model_data import Texts, draw_rows
 from ip2p.miniature.triplets import consistent, draw_triplet, edit_kind
 
 CONTEXT_LENGTH = 256
-STEPS = 30_000
+STEPS = 36_000
 SHALLOW_LAYERS, LAYERS, DEEPEN_AT = 4, 6, 7400
 # Loss of a token of the edited caption, beside 1 for the instruction's: first copying is learned, then what to ask for.
 EDITED_WEIGHT, LATE_EDITED_WEIGHT, LATE_AT = 4, 1, 24_000

@@ -11,7 +11,8 @@ from ip2p.miniature.language import MEANINGS, article, split_words
 from ip2p.miniature.scene import Scene
 from ip2p.miniature.triplets import Triplet, draw_triplet
 
-CONFUSABLE = 0.5  # of the scenes, at least
+# Of the scenes, at least. What is wrong in the end are mostly twins, so there are more of them from a step on.
+CONFUSABLE, LATE_CONFUSABLE, CONFUSABLE_AT = 0.5, 0.75, 30_000
 BATCH_SIZE = 32
 COPY_STEPS = 300
 POOLED_STEPS = 4
@@ -41,8 +42,9 @@ def confusable(scene: Scene) -> bool:
     return any(sum(a != b for a, b in zip(*pair, strict=True)) <= 1 for pair in combinations(looks, 2))
 
 
-def _draw_triplet(rng: random.Random) -> Triplet:
-    kind, unseen, confuses = rng.choice(EDIT_KINDS), rng.random() < 0.2, rng.random() < CONFUSABLE
+def _draw_triplet(rng: random.Random, share: float) -> Triplet:
+    """`share` of the scenes, at least, hold things that are easily confused."""
+    kind, unseen, confuses = rng.choice(EDIT_KINDS), rng.random() < 0.2, rng.random() < share
     while True:
         triplet = draw_triplet(rng, kind, unseen=unseen, held_out=False)
         if confuses <= confusable(triplet.scene):
@@ -63,6 +65,7 @@ def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
     rng = random.Random(f"{seed}/{group}")
     first_step = group * POOLED_STEPS
     copying = first_step < COPY_STEPS
+    share = CONFUSABLE if first_step < CONFUSABLE_AT else LATE_CONFUSABLE
     rows: list[Texts] = []
     for _ in range(POOLED_STEPS * BATCH_SIZE):
         if copying:
@@ -70,7 +73,7 @@ def _draw_pool(seed: int, group: int, words: tuple[str, ...]) -> list[Texts]:
             rows.append((caption, " ".join(rng.choices(words, k=rng.randint(1, 4))), caption))
         else:
             # Captions come in any wording, as people's do; what it writes itself is in the wordings of training.
-            triplet = _draw_triplet(rng)
+            triplet = _draw_triplet(rng, share)
             # Which thing is meant is the hardest part: named in full, it can be copied and is seldom ambiguous.
             in_full = first_step < VARIED_AT or rng.random() < IN_FULL
             said = phrase(triplet.edit, triplet.scene, rng, unsaid=triplet.unsaid, in_full=in_full)
