@@ -320,6 +320,8 @@ def lose_a_node():
 
 threading.Thread(target=lose_a_node, daemon=True).start()
 train.run(recipe, workspace)
+ray.shutdown()  # before its cluster is killed, or Ray ends this process with status 1
+cluster.shutdown()
 """
 
 
