@@ -1,6 +1,8 @@
 """Training beside its peers, each comparison in one run on the same model, pairs and threads.
 
     ahead    samples/s: latents encoded once, ahead of training, against encoding the images in every step
+    sd15     the same at 256 px with Stable Diffusion 1.5's architecture and random weights, where the VAE is large:
+             samples/s of the UNet forward and backward, and of encoding the pairs
     peer     samples/s: the job (Ray Train, one worker) against a plain loop of diffusers and torch doing the same work
     workers  samples/s: the job with two workers against one, on the same cores
 
@@ -23,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from pyarrow.fs import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, Field
@@ -44,14 +46,15 @@ from ip2p.train.latents import Batch, LatentPairs, lay_out, sample_indices, shar
 from ip2p.workspace import Workspace
 from jobs import train as job
 
-Part = Literal["ahead", "peer", "workers"]
+Part = Literal["ahead", "sd15", "peer", "workers"]
+SD15_BATCH = 2
 Clock = Callable[[], None]  # called after every step
 
 
 class Flags(BaseModel):
     model_config = ConfigDict(populate_by_name=True)  # a field can not be called json
 
-    parts: list[Part] = Field(["ahead", "peer", "workers"], description="what to measure")
+    parts: list[Part] = Field(["ahead", "sd15", "peer", "workers"], description="what to measure")
     rows: int = Field(256, ge=2, description="rendered pairs to train on")
     timed_steps: int = Field(60, ge=3, description="steps that are timed; a third as many before them are not")
     rounds: int = Field(3, ge=1, description="timed repetitions, peers in turn; the median counts")
@@ -157,6 +160,33 @@ def loop_rate(recipe: Recipe, flags: Flags, rows: list[dict[str, Any]], ahead: b
     return clock.samples_per_second(recipe.train.batch_size)
 
 
+def sd15_ways(pixels: int = 256) -> dict[str, Callable[[], float]]:
+    """Samples/s of a step's work on SD15_BATCH samples, without the optimizer, which a large batch shares."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    side = pixels // 8
+    unet = UNet2DConditionModel(sample_size=side, in_channels=8, cross_attention_dim=768).train()
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+        block_out_channels=(128, 256, 512, 512),  # pyright: ignore[reportArgumentType]
+        layers_per_block=2,
+    ).eval()
+    pairs = torch.randn(2 * SD15_BATCH, 3, pixels, pixels)
+    latents, text = torch.randn(SD15_BATCH, 8, side, side), torch.randn(SD15_BATCH, 77, 768)
+
+    def rate(ahead: bool) -> float:
+        began = time.perf_counter()
+        if not ahead:
+            with torch.no_grad():
+                vae.encode(pairs)
+        unet(latents, torch.full((SD15_BATCH,), 500), text).sample.square().mean().backward()
+        unet.zero_grad()
+        return SD15_BATCH / (time.perf_counter() - began)
+
+    rate(ahead=False)  # not counted
+    return {"encoded in the step": partial(rate, False), "encoded ahead": partial(rate, True)}
+
+
 def job_rate(recipe: Recipe, flags: Flags, rows: list[dict[str, Any]], workers: int) -> float:
     """Samples/s of jobs.train by the clock, checkpoints and all, from its first one on, after a third of the steps."""
     every = flags.timed_steps // 3
@@ -184,7 +214,7 @@ def compare(peers: dict[str, Callable[[], float]], rounds: int, title: str) -> d
     table = Table("", "samples/s", "all rounds", "ratio", title=title, title_justify="left")
     for name, found in rates.items():
         table.add_row(
-            name, f"{medians[name]:.1f}", ", ".join(f"{rate:.1f}" for rate in found), f"{medians[name] / base:.2f}"
+            name, f"{medians[name]:.3g}", ", ".join(f"{rate:.3g}" for rate in found), f"{medians[name] / base:.2f}"
         )
     Console().print(table)
     return medians
@@ -200,6 +230,9 @@ def main(argv: list[str] | None = None) -> None:
         peers = {name: partial(loop_rate, recipe, flags, rows, ahead) for name, ahead in ways.items()}
         in_step, ahead = compare(peers, flags.rounds, "the same loop, latents").values()
         found["ahead_over_in_step"] = ahead / in_step
+    if "sd15" in flags.parts:
+        in_step, ahead = compare(sd15_ways(), flags.rounds, "SD 1.5's architecture at 256 px, latents").values()
+        found["ahead_over_in_step_sd15"] = ahead / in_step
     if "peer" in flags.parts:
         peers = {
             "plain loop, one process": partial(loop_rate, recipe, flags, rows, True),
