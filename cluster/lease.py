@@ -98,9 +98,8 @@ def wait_for_the_end_of(owner: dict[str, Any], workspace: Workspace) -> None:
 
 def beat(workspace: Workspace, owner: dict[str, Any], done: threading.Event) -> None:
     """Say every BEAT seconds that `owner`, this process, lives; ends the process when it is the owner no more."""
-    heard = time.monotonic()
+    heard, trouble = time.monotonic(), ""
     while not done.wait(BEAT):
-        trouble = ""
         began = time.monotonic()
         if began - heard <= GIVE_UP:
             try:
@@ -109,7 +108,7 @@ def beat(workspace: Workspace, owner: dict[str, Any], done: threading.Event) -> 
                     end(f"{workspace.location} is now {described(now)}" if now else f"{OWNER} was removed")
                 owner["beat"] += 1
                 write(workspace, owner)
-                heard = began
+                heard, trouble = began, ""
             except OSError as error:
                 trouble = f": {error}"
         if time.monotonic() - heard > GIVE_UP and not done.is_set():

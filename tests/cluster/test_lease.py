@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,14 @@ def test_a_run_that_can_not_say_that_it_lives_ends(workspace, holder):
     first.send_signal(signal.SIGCONT)
     _, said = first.communicate(timeout=120)
     assert (first.returncode, "that this run lives" in said) == (lease.FENCED, True)
+
+
+def test_a_run_that_can_not_write_that_it_lives_says_why(workspace, holder):
+    first = holder(give_up=0.5)
+    Path(workspace.path(f".{lease.OWNER}.part")).mkdir()
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == lease.FENCED
+    assert "that this run lives: [Errno" in said
 
 
 def test_a_users_mistake_ends_with_a_line_and_a_bug_with_a_traceback(workspace, capsys):
