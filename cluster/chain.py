@@ -47,7 +47,8 @@ def chain(
     """
     checkpoints = CheckpointConfig(
         id_column=id_column,
-        checkpoint_path=workspace.uri("checkpoints", source),
+        checkpoint_path=workspace.path("checkpoints", source),
+        override_filesystem=workspace.fs,
         delete_checkpoint_on_success=False,
     )
     checkpoints.checkpoint_actor_pool_max_size = 1

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, cast
+from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -44,6 +45,12 @@ class Workspace:
     def __init__(self, location: str | Path):
         self.location = str(location)
         if "://" in self.location:
+            address = urlsplit(self.location)
+            if address.password:
+                raise ValueError(
+                    f"workspace {address.scheme}://...@{address.netloc.rpartition('@')[2]}{address.path}: an address "
+                    "is printed and kept, so it may hold no keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                )
             try:
                 self.fs, self.root = pafs.FileSystem.from_uri(self.location)
             except (pa.ArrowException, OSError) as error:
@@ -63,12 +70,13 @@ class Workspace:
         return "/".join((self.root, *parts))
 
     def uri(self, *parts: str) -> str:
-        """Address that ray.data, pyarrow and fsspec understand: an absolute path, or with its scheme (s3://...)."""
+        """Address that pyarrow and `Workspace` understand: an absolute path, or as `location` has it, from its scheme
+        and who asks (`gs://anonymous@...`) to the query at its end."""
         if isinstance(self.fs, pafs.LocalFileSystem):
             return self.path(*parts)
-        scheme = self.location.split("://", 1)[0]
-        query = self.location.partition("?")[2]
-        return f"{scheme}://{self.path(*parts)}" + (f"?{query}" if query else "")
+        address = urlsplit(self.location)
+        who = address.netloc.rpartition("@")
+        return urlunsplit((address.scheme, "".join(who[:2]) + self.path(*parts), "", address.query, ""))
 
     def exists(self, *parts: str) -> bool:
         """Whether there is such a file, or such a folder with something in it."""

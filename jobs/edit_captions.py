@@ -199,7 +199,8 @@ def generate(recipe: Recipe, workspace: Workspace, attempt: int, left: int) -> N
     context = DataContext.get_current()
     context.checkpoint_config = CheckpointConfig(
         id_column="caption_id",
-        checkpoint_path=workspace.uri("checkpoints", "instructions"),
+        checkpoint_path=workspace.path("checkpoints", "instructions"),
+        override_filesystem=workspace.fs,
         delete_checkpoint_on_success=False,
     )
     tally = Tally("edit_captions")

@@ -127,7 +127,8 @@ def checkpoints(workspace: Workspace) -> CheckpointConfig:
     """Captions whose rows are written are not done again."""
     config = CheckpointConfig(
         id_column="caption_id",
-        checkpoint_path=workspace.uri("checkpoints", "pairs"),
+        checkpoint_path=workspace.path("checkpoints", "pairs"),
+        override_filesystem=workspace.fs,
         delete_checkpoint_on_success=False,
     )
     config.checkpoint_actor_pool_max_size = 1

@@ -28,6 +28,15 @@ def test_bucket_addresses_keep_scheme_and_query():
     assert workspace.uri("pairs", "a.parquet") == "s3://bucket/run/pairs/a.parquet?region=eu-west-1"
 
 
+def test_bucket_addresses_keep_who_asks_but_may_hold_no_keys():
+    workspace = Workspace("gs://anonymous@bucket/run?endpoint_override=127.0.0.1:1&scheme=http")
+    assert workspace.path("pairs") == "bucket/run/pairs"
+    assert workspace.uri("pairs") == "gs://anonymous@bucket/run/pairs?endpoint_override=127.0.0.1:1&scheme=http"
+    with pytest.raises(ValueError, match=r"s3://\.\.\.@bucket/run: .*AWS_ACCESS_KEY_ID") as refused:
+        Workspace("s3://me:secret@bucket/run")
+    assert "secret@" not in str(refused.value)
+
+
 @pytest.mark.parametrize("location", ["ftp://host/x", "s3//:x://"])
 def test_unknown_schemes_are_refused(location):
     with pytest.raises(ValueError, match="give a local path, s3://"):
