@@ -193,7 +193,11 @@ def fit(recipe: Recipe, workspace: Workspace, data: Workspace) -> ray.train.Chec
             failure_config=FailureConfig(max_failures=2),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        # Ray has printed the workers' tracebacks; what a user can mend is said as the last word.
+        raise next((e for e in error.worker_failures.values() if isinstance(e, ValueError)), error) from error
     best = recipe.train.export == "best"
     checkpoint = result.get_best_checkpoint("validation_loss", "min") if best else result.checkpoint
     assert checkpoint is not None
@@ -351,7 +355,7 @@ def go_on_from(
     for name in [name for name in reversed(names) if name <= last]:
         try:
             state, curve = load_checkpoint(ray.train.Checkpoint(f"{folder}/{name}", checkpoint.filesystem), device)
-        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        except (RuntimeError, EOFError, FileNotFoundError, UnpicklingError) as error:
             print(f"train: {folder}/{name}/{STATE} is broken ({error}); going on from the one before", flush=True)
             continue
         return state, curve, "" if name == last else f"-{short_digest(names)}"

@@ -124,6 +124,9 @@ def test_goes_on_from_the_last_checkpoint_as_if_never_stopped(recipe, tmp_path, 
         for w in (stopped, whole)
     ]
     assert all(torch.equal(unets[0][name], unets[1][name]) for name in unets[0])
+    stopped.fs.delete_file(stopped.path("model", "_SUCCESS"))
+    with pytest.raises(ValueError, match=r"train\.steps: 3, but this run is at step 4 already; raise it"):
+        train.run(recipe.model_copy(update={"train": train_section.model_copy(update={"steps": 3})}), stopped)
 
 
 def test_the_published_dataset_as_it_is_an_adapter_and_the_best_checkpoint(recipe, tmp_path, local_ray, capsys):
