@@ -1,8 +1,10 @@
 """Scale without a GPU: many captions through the real jobs.generate_pairs, with a stand-in for the models alone.
 
-Prints rows/s and the driver's memory for each size, and what a resume after SIGKILL at half of the rows costs:
+Prints the time until a job's first rows are written, rows/s from then on and the driver's memory for each size, and
+what a resume after SIGKILL at half of the rows costs. That is one more start, which weighs less the longer a run is:
 
     python -m benchmarks.scale --rows '[100000, 1000000]' --json
+    python -m benchmarks.scale --rows '[1000000]' --milliseconds_per_row 2 --json
 """
 
 import contextlib
@@ -31,7 +33,6 @@ from ip2p.workspace import Workspace
 from jobs import generate_pairs
 
 ROWS_PER_FILE = 50_000
-SECONDS_PER_ROW = 50e-6  # of the stand-in: so little that what is measured is the job
 
 
 class Settings(BaseSettings):
@@ -40,12 +41,15 @@ class Settings(BaseSettings):
 
     rows: list[int] = Field([100_000, 1_000_000], description="captions of each run")
     rows_per_block: int = Field(2000, ge=1, description="captions of a write task")
+    milliseconds_per_row: float = Field(0.05, gt=0, description="of the stand-in; so little that the job is measured")
     as_json: CliImplicitFlag[bool] = Field(False, alias="json", description="print one JSON object as the last line")
     child: str | None = Field(None, description="(internal) the workspace of a run in a process of its own")
 
 
 class StandIn:
     """In the place of PairGenerator: constant time for a row, candidates without images."""
+
+    milliseconds_per_row: float
 
     def __init__(self, recipe: Recipe):
         self.candidates = [
@@ -54,7 +58,7 @@ class StandIn:
         ]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        time.sleep(SECONDS_PER_ROW * batch.num_rows)
+        time.sleep(self.milliseconds_per_row / 1000 * batch.num_rows)
         made = {"candidates": self.candidates, "status": "rejected", "reason": "direction < 0.2"}
         rows = [row | NOTHING | made for row in batch.select(INSTRUCTIONS.names).to_pylist()]
         return pa.Table.from_pylist(rows, schema=PAIRS)
@@ -72,42 +76,49 @@ def write_instructions(workspace: Workspace, count: int) -> None:
     workspace.mark_done("instructions", captions=count)
 
 
-def run_job(workspace: Workspace, rows_per_block: int) -> None:
+def run_job(settings: Settings, workspace: Workspace) -> None:
     """The real job, but for its models."""
     recipe = read_recipe("recipes/miniature.yaml")
-    recipe = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"rows_per_block": rows_per_block})})
-    generate_pairs.PairGenerator = StandIn  # pyright: ignore[reportAttributeAccessIssue]
+    recipe = recipe.model_copy(
+        update={"pairs": recipe.pairs.model_copy(update={"rows_per_block": settings.rows_per_block})}
+    )
+    stand_in = type("StandIn", (StandIn,), {"milliseconds_per_row": settings.milliseconds_per_row})
+    generate_pairs.PairGenerator = stand_in  # pyright: ignore[reportAttributeAccessIssue]
     generate_pairs.run(recipe, workspace)
 
 
 def start(settings: Settings, workspace: Workspace) -> subprocess.Popen:
     command = [sys.executable, "-m", "benchmarks.scale", "--child", workspace.location]
-    command += ["--rows_per_block", str(settings.rows_per_block)]
+    for name in ("rows_per_block", "milliseconds_per_row"):
+        command += [f"--{name}", str(getattr(settings, name))]
     return subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
 
 
-def largest_memory(job: subprocess.Popen) -> int:
-    """Waits for the end of a job; the largest resident memory of its own process, in MiB."""
-    process, largest = psutil.Process(job.pid), 0
-    while job.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended in between
-            largest = max(largest, process.memory_info().rss // 2**20)
-        time.sleep(0.5)
-    return largest
+def written(workspace: Workspace) -> int:
+    """Blocks that are."""
+    return sum(path.endswith(".parquet") for path in workspace.files("pairs"))
 
 
 def measure_run(settings: Settings, count: int, folder: Path) -> dict[str, float]:
-    """One uninterrupted run: seconds, rows/s, and the driver's largest memory."""
+    """One uninterrupted run: seconds, those until its first rows were written, rows/s from then on, and the largest
+    memory of the driver, in MiB."""
     workspace = Workspace(str(folder))
     write_instructions(workspace, count)
-    started = time.perf_counter()
+    began = time.perf_counter()
     job = start(settings, workspace)
-    memory = largest_memory(job)
+    driver, memory, first = psutil.Process(job.pid), 0, None
+    while job.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended in between
+            memory = max(memory, driver.memory_info().rss // 2**20)
+        if first is None and (blocks := written(workspace)):
+            first = (time.perf_counter() - began, blocks * settings.rows_per_block)
+        time.sleep(0.2)
     if job.returncode:
         raise RuntimeError(f"the job ended with {job.returncode}")
-    seconds = time.perf_counter() - started
-    assert workspace.counts("pairs")["captions"] == count
-    return {"rows": count, "seconds": seconds, "rows_per_second": count / seconds, "driver_mib": memory}
+    seconds = time.perf_counter() - began
+    assert workspace.counts("pairs")["captions"] == count and first is not None
+    rate = (count - first[1]) / (seconds - first[0])
+    return {"rows": count, "seconds": seconds, "start": first[0], "rows_per_second": rate, "driver_mib": memory}
 
 
 def measure_resume(settings: Settings, count: int, folder: Path) -> float:
@@ -116,7 +127,7 @@ def measure_resume(settings: Settings, count: int, folder: Path) -> float:
     write_instructions(workspace, count)
     started = time.perf_counter()
     job = start(settings, workspace)
-    while sum(path.endswith(".parquet") for path in workspace.files("pairs")) < count // settings.rows_per_block // 2:
+    while written(workspace) < count // settings.rows_per_block // 2:
         if job.poll() is not None:
             raise RuntimeError(f"the job ended with {job.returncode} before half of its rows were written")
         time.sleep(0.2)
@@ -133,17 +144,22 @@ def measure_resume(settings: Settings, count: int, folder: Path) -> float:
 def main(argv: list[str] | None = None) -> None:
     settings = CliApp.run(Settings, cli_args=argv)
     if settings.child:
-        run_job(Workspace(settings.child), settings.rows_per_block)
+        run_job(settings, Workspace(settings.child))
         return
-    table = Table("rows", "seconds", "rows/s", "driver MiB")
+    table = Table("rows", "seconds", "of these until the first rows", "rows/s from then on", "driver MiB")
     with tempfile.TemporaryDirectory() as folder:
         runs = [measure_run(settings, count, Path(folder, str(count))) for count in settings.rows]
         resumed = measure_resume(settings, int(runs[-1]["rows"]), Path(folder, "resumed"))
     for run in runs:
-        table.add_row(*(f"{run[name]:,.0f}" for name in ("rows", "seconds", "rows_per_second", "driver_mib")))
-    found = {f"{name}_{run['rows']:.0f}": run[name] for run in runs for name in ("rows_per_second", "driver_mib")}
+        table.add_row(*(f"{run[name]:,.0f}" for name in ("rows", "seconds", "start", "rows_per_second", "driver_mib")))
+    columns = ("start", "rows_per_second", "driver_mib")
+    found = {f"{name}_{run['rows']:.0f}": run[name] for run in runs for name in columns}
+    found["resume_seconds"] = resumed - runs[-1]["seconds"]
     found["resume_cost"] = resumed / runs[-1]["seconds"] - 1
-    table.caption = f"killed at half and resumed: {found['resume_cost']:+.1%} of the time of the uninterrupted run"
+    table.caption = (
+        f"killed at half and resumed: {found['resume_seconds']:+.0f} s, {found['resume_cost']:+.1%} of the "
+        "uninterrupted run"
+    )
     Console().print(table)
     if settings.as_json:
         print(json.dumps({name: round(value, 4) for name, value in found.items()}))
