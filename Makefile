@@ -43,11 +43,12 @@ serve: $(DONE) ## the endpoint, on the workspace's editor or the shipped one
 submit: $(DONE) ## JOB=train RECIPE=… WORKSPACE=s3://…: run a job on a Ray cluster, follow its log
 	@$(BIN)/python -m cluster.submit --job $(JOB) --recipe $(RECIPE) --workspace $(WORKSPACE) $(ARGS)
 
+# Two at a time, a file's tests one after the other: most of the time goes into starts of Ray and of engines.
 test: $(DONE) ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(DONE) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=1800 $(ARGS)

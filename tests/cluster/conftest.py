@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def ray_head(folder: Path, cpus: int = 4) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def jobs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def jobs_server() -> Iterator[str]:
     # Ray's sockets lie there, and their paths must be short.
-    with ray_head(tmp_path_factory.mktemp("r")) as address:
+    with tempfile.TemporaryDirectory() as folder, ray_head(Path(folder)) as address:
         yield address
