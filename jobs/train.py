@@ -336,6 +336,10 @@ def validation_rows(recipe: Recipe, workspace: Workspace) -> list[dict[str, Any]
     return list(chosen.values())[: recipe.train.pictures]
 
 
+class BrokenCheckpointError(Exception):
+    """Its file is here, and torch cannot read it."""
+
+
 def go_on_from(
     checkpoint: ray.train.Checkpoint | None, device: str
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]], str]:
@@ -355,7 +359,7 @@ def go_on_from(
     for name in [name for name in reversed(names) if name <= last]:
         try:
             state, curve = load_checkpoint(ray.train.Checkpoint(f"{folder}/{name}", checkpoint.filesystem), device)
-        except (RuntimeError, EOFError, FileNotFoundError, UnpicklingError) as error:
+        except BrokenCheckpointError as error:
             print(f"train: {folder}/{name}/{STATE} is broken ({error}); going on from the one before", flush=True)
             continue
         return state, curve, "" if name == last else f"-{short_digest(names)}"
@@ -363,9 +367,12 @@ def go_on_from(
 
 
 def load_checkpoint(checkpoint: ray.train.Checkpoint, device: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(state of the loop, loss curve so far)."""
+    """(state of the loop, loss curve so far). Raises `BrokenCheckpointError`, and what a network that fails raises."""
     with checkpoint.as_directory() as directory:
-        saved = torch.load(Path(directory, STATE), map_location=device, weights_only=True)
+        try:
+            saved = torch.load(Path(directory, STATE), map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+            raise BrokenCheckpointError(str(error)) from error
     return saved["state"], saved["curve"]
 
 
