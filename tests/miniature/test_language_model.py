@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ip2p.captions.prompt import answer, tuned_prompt
 from ip2p.miniature import language_model, language_model_data
 from ip2p.miniature.instructions import read_slots
-from ip2p.miniature.language import vocabulary
+from ip2p.miniature.language import read_caption, vocabulary
 from ip2p.miniature.triplets import consistent, draw_triplet
 
 SHIPPED = language_model.Path(language_model.__file__).parent / "weights" / "language_model"
@@ -85,6 +85,16 @@ def test_things_are_named_in_full_first_and_in_all_ways_later():
     early, late = language_model_data.VARIED_AT - 4, language_model_data.VARIED_AT
     assert named_in_full(early) > 0.85, "but where things differ in their place alone"
     assert named_in_full(late) < 0.6
+
+
+def test_things_that_look_alike_are_in_half_of_the_scenes_first_and_in_more_later():
+    def confused(step: int) -> float:
+        rows = [row for part in range(4) for row in language_model_data.draw_rows(0, step + part, vocabulary())]
+        scenes = [read_caption(caption).scene for caption, _, _ in rows]
+        return sum(map(language_model_data.confusable, scenes)) / len(scenes)
+
+    early, late = language_model_data.CONFUSABLE_AT - 4, language_model_data.CONFUSABLE_AT
+    assert 0.4 < confused(early) < 0.7 < confused(late)
 
 
 def test_same_words_puts_the_right_article():
