@@ -19,7 +19,7 @@ class Guarded:
     """A callable class for Ray Data, `of(*arguments)`, of tables; a row that keeps killing its worker is `failed`.
 
     A batch during which a worker died comes again (Ray's task retries) and is then taken row by row: Ray must grant it
-    `retries(rows)` of them.
+    as many as it takes, since calls that a lost node refuses are counted as well.
     """
 
     def __init__(self, of: type, arguments: tuple, ledger: "Ledger", fail: Callable[[pa.Table, str], pa.Table]):
@@ -41,11 +41,6 @@ class Guarded:
         result = self.inner(row)
         self.ledger.end([id_, "alone"])
         return result
-
-
-def retries(rows: int) -> int:
-    """How often a batch may have to come again: once as a whole, and DEATHS times for each of its rows."""
-    return 1 + DEATHS * rows
 
 
 class Ledger:

@@ -17,7 +17,7 @@ from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
 from cluster.connect import connect, uses_gpu
-from cluster.guard import Guarded, Ledger, retries
+from cluster.guard import Guarded, Ledger
 from cluster.job import job
 from cluster.progress import Counted, Tally, time_left
 from ip2p.cli import load_settings
@@ -90,7 +90,7 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
                     batch_size=settings.rows_per_block,
                     compute=ActorPoolStrategy(size=settings.replicas),
                     max_restarts=RESTARTS,
-                    max_task_retries=retries(settings.rows_per_block),
+                    max_task_retries=-1,  # a lost node's refusals count too; what kills a worker is `Guarded`'s to end
                     **generator_resources(recipe),
                 )
                 .write_parquet(
