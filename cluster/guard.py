@@ -18,8 +18,8 @@ DEATHS = 2  # of a worker that had this row alone, after which the row is not tr
 class Guarded:
     """A callable class for Ray Data, `of(*arguments)`, of tables; a row that keeps killing its worker is `failed`.
 
-    A batch during which a worker died comes again (Ray's task retries) and is then taken row by row: Ray must grant it
-    as many as it takes, since calls that a lost node refuses are counted as well.
+    A batch during which a worker died comes again and is then taken row by row. That takes as many retries as Ray Data
+    grants by default, without end: calls that a lost node refuses, before Ray knows that it is lost, are counted too.
     """
 
     def __init__(self, of: type, arguments: tuple, ledger: "Ledger", fail: Callable[[pa.Table, str], pa.Table]):

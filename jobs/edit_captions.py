@@ -233,9 +233,7 @@ def answered(captions: Dataset, recipe: Recipe, attempt: int, tally: Tally) -> D
         postprocess_map_kwargs=light,
     )
     # A model that vLLM can load and not run kills its engine at every request; Ray would start new ones for ever.
-    model.get_stage_by_name("vLLMEngineStage").map_batches_kwargs.update(
-        max_restarts=ENGINE_RESTARTS, max_task_retries=ENGINE_RESTARTS
-    )
+    model.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = ENGINE_RESTARTS
     edit_type = None if names_type(recipe) else edit_kind
     return model(captions).map_batches(
         Counted,  # pyright: ignore[reportArgumentType]

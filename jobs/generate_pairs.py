@@ -90,7 +90,6 @@ def generate(recipe: Recipe, workspace: Workspace) -> None:
                     batch_size=settings.rows_per_block,
                     compute=ActorPoolStrategy(size=settings.replicas),
                     max_restarts=RESTARTS,
-                    max_task_retries=-1,  # a lost node's refusals count too; what kills a worker is `Guarded`'s to end
                     **generator_resources(recipe),
                 )
                 .write_parquet(

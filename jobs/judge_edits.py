@@ -75,9 +75,7 @@ def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace:
         postprocess_map_kwargs=light,
     )
     # As in jobs.edit_captions: Ray would start new engines for ever.
-    model.get_stage_by_name("vLLMEngineStage").map_batches_kwargs.update(
-        max_restarts=ENGINE_RESTARTS, max_task_retries=ENGINE_RESTARTS
-    )
+    model.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = ENGINE_RESTARTS
     one: dict[str, Any] = {
         "batch_format": "pyarrow",
         "batch_size": judge.batch_size,

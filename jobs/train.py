@@ -196,8 +196,10 @@ def fit(recipe: Recipe, workspace: Workspace, data: Workspace) -> ray.train.Chec
     try:
         result = trainer.fit()
     except ray.train.WorkerGroupError as error:
-        # Ray has printed the workers' tracebacks; what a user can mend is said as the last word.
-        raise next((e for e in error.worker_failures.values() if isinstance(e, ValueError)), error) from error
+        mistakes = [failure for failure in error.worker_failures.values() if isinstance(failure, ValueError)]
+        if not mistakes:
+            raise
+        raise mistakes[0] from error  # Ray has printed the workers' tracebacks; what a user can mend is the last word
     best = recipe.train.export == "best"
     checkpoint = result.get_best_checkpoint("validation_loss", "min") if best else result.checkpoint
     assert checkpoint is not None
