@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ip2p.captions.prompt import few_shot_messages, tuned_prompt
 from ip2p.cli import load_settings
-from ip2p.evaluate.metrics import by_case, estimate
+from ip2p.evaluate.bootstrap import by_case, estimate
 from ip2p.miniature.triplets import consistent, draw_triplet
 from ip2p.models import load_language_model
 from ip2p.recipe import FileCaptions, Recipe
@@ -144,8 +144,8 @@ def measure_prefix(count: int = 64) -> dict[str, float]:
     os.environ.update(edit_captions.CPU_ENVIRONMENT)
     from vllm import LLM, SamplingParams  # here: the other parts start engines of their own
 
-    from ip2p.miniature import language_model
     from ip2p.miniature.language import vocabulary
+    from ip2p.miniature.models import language_model
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = language_model.build_tokenizer(vocabulary())

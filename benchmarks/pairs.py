@@ -32,7 +32,7 @@ from rich.table import Table
 
 from ip2p.cli import load_settings
 from ip2p.clip_similarity import similarities
-from ip2p.evaluate.metrics import by_case, difference, estimate
+from ip2p.evaluate.bootstrap import by_case, difference, estimate
 from ip2p.evaluate.truth import judge
 from ip2p.images import decode, to_uint8
 from ip2p.miniature.triplets import draw_triplet

@@ -36,15 +36,14 @@ from ray.serve.schema import LoggingConfig
 from rich.console import Console
 from rich.table import Table
 
-from cluster.connect import connect
 from ip2p import images
 from ip2p.cli import load_settings
 from ip2p.edit.editor import Editor, EditRequest
-from ip2p.evaluate.editors import load_editor
-from ip2p.evaluate.sweep import SHIPPED
+from ip2p.edit.editors import SHIPPED, load_editor
 from ip2p.miniature.render import render
 from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import Recipe, locate
+from runtime.connect import connect
 from serve.app import EditIngress, application
 from serve.front import Description, Made
 

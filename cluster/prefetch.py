@@ -17,10 +17,10 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.connect import connect
-from cluster.job import mistakes_told
 from ip2p.cli import load_settings
 from ip2p.recipe import LOCAL_CLIP, Recipe, locate
+from runtime.connect import connect
+from runtime.job import mistakes_told
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 # In the order of preference, of a folder only those of the first kind that it has.

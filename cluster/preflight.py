@@ -25,12 +25,12 @@ from ray.exceptions import GetTimeoutError, RayError
 from rich.console import Console
 from rich.table import Table
 
-from cluster.connect import FEWEST_CPUS, connect, gpus_to_come
-from cluster.job import mistakes_told
 from cluster.prefetch import Model, missing, models, nodes, on_node
 from ip2p.cli import load_settings
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace, versions
+from runtime.connect import FEWEST_CPUS, connect, gpus_to_come
+from runtime.job import mistakes_told
 
 GB = 1e9
 MAX_SKEW = 5.0  # seconds; buckets refuse a quarter of an hour, and logs and leases are read by people

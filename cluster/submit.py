@@ -21,11 +21,11 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from cluster.job import mistakes_told
-from cluster.lease import SUBMISSION
 from ip2p.cli import read_recipe
 from ip2p.recipe import REPOSITORY
 from ip2p.records import digest
+from runtime.job import mistakes_told
+from runtime.lease import SUBMISSION
 
 # What jobs do not need of the repository; .gitignore leaves out more. Packages are the image's: nothing is installed.
 EXCLUDES = ["/.git", "/.ci", "/.venv", "/tests", "/docs", "/benchmarks", "/requirements", "/cluster/kuberay"]

@@ -16,16 +16,16 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.table import Table
 
-from cluster.connect import connect
 from ip2p import images
 from ip2p.cli import load_settings
-from ip2p.evaluate.ablations import Result, Setting, over_runs, page, results
-from ip2p.evaluate.report import percent
-from ip2p.evaluate.summary import metric_rows
 from ip2p.evaluate.truth import judge
 from ip2p.recipe import Recipe, Thresholds
+from ip2p.report.ablations import Result, Setting, over_runs, page, results
+from ip2p.report.page import percent
+from ip2p.report.summary import metric_rows
 from ip2p.workspace import Workspace
 from jobs import evaluate, export_dataset, generate_pairs, train
+from runtime.connect import connect
 
 JUDGED_PAIRS = 1000
 UNFILTERED = "no filter"

@@ -8,12 +8,12 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.table import Table
 
-from cluster.job import mistakes_told
 from ip2p.cli import load_settings
 from ip2p.evaluate.calibrate import MIN_RECALL, Calibration, calibrate, judged_candidates
-from ip2p.evaluate.report import percent
 from ip2p.recipe import Recipe
+from ip2p.report.page import percent
 from ip2p.workspace import Workspace
+from runtime.job import mistakes_told
 
 
 class Flags(BaseModel):

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ip2p import images
 from ip2p.cli import read_recipe
 from ip2p.edit.editor import Editor, EditRequest
+from ip2p.edit.editors import available, load_editor
 from ip2p.edit.grid import scale_grid
-from ip2p.evaluate.editors import available, load_editor
 from ip2p.models import load_text_to_image
 from ip2p.recipe import ModelRef, Recipe
 from ip2p.workspace import Workspace

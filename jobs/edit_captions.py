@@ -19,9 +19,6 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from cluster.connect import connect, uses_gpu
-from cluster.job import job, mistakes_told
-from cluster.progress import Counted, Tally, time_left
 from ip2p.captions.answers import ANSWERS, AnswerReader, names_type, too_long
 from ip2p.captions.edit_types import EDIT_TYPES
 from ip2p.captions.prompt import few_shot_messages, schema, tuned_prompt
@@ -34,6 +31,9 @@ from ip2p.models import load_tokenizer
 from ip2p.recipe import FileCaptions, GrammarCaptions, HubCaptions, Recipe, locate
 from ip2p.records import CAPTIONS, caption_id, digest
 from ip2p.workspace import Workspace
+from runtime.connect import connect, uses_gpu
+from runtime.job import job, mistakes_told
+from runtime.progress import Counted, Tally, time_left
 
 ROWS_PER_FILE = 5000
 # Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and a task needs room as well.

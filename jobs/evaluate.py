@@ -13,22 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import Dataset
 
-from cluster.chain import begin, chain, scored
-from cluster.connect import connect
-from cluster.job import job
-from cluster.progress import Tally
 from ip2p.cli import load_settings
-from ip2p.evaluate.editors import available, check_others
+from ip2p.edit.editors import SHIPPED, available
 from ip2p.evaluate.pair_truth import PairTruth, sample_captions
-from ip2p.evaluate.report import write_report
 from ip2p.evaluate.scorer import EditScorer
-from ip2p.evaluate.summary import Summary
-from ip2p.evaluate.sweep import SHIPPED, plan_edits, plan_grid, shown_editor
+from ip2p.evaluate.sweep import check_others, plan_edits, plan_grid, shown_editor
 from ip2p.evaluate.truth import chosen_case, test_set
 from ip2p.recipe import Recipe, locate
 from ip2p.records import digest
+from ip2p.report.page import write_report
+from ip2p.report.summary import Summary
 from ip2p.workspace import Workspace
 from jobs import judge_edits
+from runtime.connect import connect
+from runtime.job import job
+from runtime.progress import Tally
+from runtime.rows import begin, chain, scored
 
 CAPTIONS_PER_TASK = 4
 

@@ -17,13 +17,8 @@ from pydantic_settings import CliImplicitFlag
 from rich.console import Console
 from rich.table import Table
 
-from cluster.chain import chain, scored
-from cluster.connect import connect
-from cluster.job import job
 from ip2p.cli import load_settings
-from ip2p.evaluate.benchmark_scorer import BenchmarkScorer
-from ip2p.evaluate.benchmark_summary import BenchmarkTable, summarize_benchmark
-from ip2p.evaluate.benchmarks import (
+from ip2p.evaluate.benchmark.layouts import (
     BENCHMARK,
     MULTI,
     SESSIONS,
@@ -33,12 +28,17 @@ from ip2p.evaluate.benchmarks import (
     detect,
     read_sessions,
 )
-from ip2p.evaluate.metrics import Estimate
-from ip2p.evaluate.report import write_report
+from ip2p.evaluate.benchmark.scorer import BenchmarkScorer
+from ip2p.evaluate.bootstrap import Estimate
 from ip2p.recipe import Recipe
 from ip2p.records import digest
+from ip2p.report.benchmark import BenchmarkTable, summarize_benchmark
+from ip2p.report.page import write_report
 from ip2p.workspace import Workspace
 from jobs.evaluate import check, editors
+from runtime.connect import connect
+from runtime.job import job
+from runtime.rows import chain, scored
 
 SESSIONS_PER_FILE = 32  # some MB each
 SESSIONS_PER_TASK = 4  # what a crash can cost

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from cluster.connect import connect
-from cluster.job import job
 from ip2p.cli import load_settings
 from ip2p.pairs.export import SPLITS, explode, with_features
 from ip2p.recipe import Recipe
 from ip2p.records import split_of
 from ip2p.workspace import Workspace
+from runtime.connect import connect
+from runtime.job import job
 
 SHARD_BYTES = 256 * 2**20  # of pairs/, which become one file of each split
 ROW_GROUP = 64  # rows; small enough to be looked at one by one

@@ -16,15 +16,15 @@ from pydantic_settings import CliImplicitFlag
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
-from cluster.connect import connect, uses_gpu
-from cluster.guard import Guarded, Ledger
-from cluster.job import job
-from cluster.progress import Counted, Tally, time_left
 from ip2p.cli import load_settings
 from ip2p.pairs.funnel import COLUMNS, funnel, show
 from ip2p.pairs.generate import PairGenerator, failed
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
+from runtime.connect import connect, uses_gpu
+from runtime.guard import Guarded, Ledger
+from runtime.job import job
+from runtime.progress import Counted, Tally, time_left
 
 TASK_CPUS = 0.2
 CHECKPOINT_FILTER_BYTES = 64 * 2**20  # at least; Ray asks for more when the ids need more

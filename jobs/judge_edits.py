@@ -13,16 +13,16 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from cluster.chain import ACTOR_CPUS, TASK_CPUS, begin, chain
-from cluster.connect import connect, uses_gpu
-from cluster.progress import Counted, Tally
 from ip2p.cli import load_settings
 from ip2p.evaluate.judge import JUDGED, Questions, read_answer, schema
-from ip2p.evaluate.report import write_report
 from ip2p.recipe import Judge, Recipe, locate
 from ip2p.records import digest
+from ip2p.report.page import write_report
 from ip2p.workspace import Workspace
 from jobs.edit_captions import CPU_ENVIRONMENT, ENGINE_CPUS, ENGINE_RESTARTS
+from runtime.connect import connect, uses_gpu
+from runtime.progress import Counted, Tally
+from runtime.rows import ACTOR_CPUS, TASK_CPUS, begin, chain
 
 SOURCE, SINK, DONE = "evaluation/metrics.parquet", "evaluation/judged.parquet", "evaluation/judge"
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ip2p.cli import load_settings
-from ip2p.plan import Assumptions, Protocol, Stage, gpu_types, protocols, stages
+from ip2p.cost import Assumptions, Protocol, Stage, gpu_types, protocols, stages
 from ip2p.recipe import Recipe
 
 

@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPTokenizer
 
-from cluster.connect import connect
-from ip2p.miniature import autoencoder, clip, editor, language_model, text_to_image
-from ip2p.miniature.fit import Run
+from ip2p.miniature.models import autoencoder, clip, editor, language_model, text_to_image
+from ip2p.miniature.models.fit import Run
 from ip2p.models import load_clip
 from ip2p.recipe import ClipRef
 from jobs.train import threads_per_worker
+from runtime.connect import connect
 
 WEIGHTS = Path(__file__).parent.parent / "ip2p" / "miniature" / "weights"
 Name = Literal["autoencoder", "text_to_image", "clip", "language_model"]

@@ -11,11 +11,11 @@ from huggingface_hub import HfApi
 from pydantic import BaseModel, Field
 from pydantic_settings import CliImplicitFlag
 
-from cluster.job import mistakes_told
 from ip2p.cli import load_settings
 from ip2p.pairs.export import dataset_card
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
+from runtime.job import mistakes_told
 
 NOT_SENT = ("_SUCCESS",)
 WRITTEN_BY = {"model": "jobs.train", "dataset": "jobs.export_dataset"}

@@ -1,8 +1,8 @@
 """Write a workspace's report.html anew, from whatever stages have run so far."""
 
-from cluster.job import mistakes_told
 from ip2p.cli import load_settings
-from ip2p.evaluate.report import write_report
+from ip2p.report.page import write_report
+from runtime.job import mistakes_told
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,15 +9,15 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
-from cluster.connect import connect
-from cluster.job import job
 from ip2p.cli import load_settings
-from ip2p.evaluate.metrics import Estimate
-from ip2p.evaluate.report import duration, percent, points
-from ip2p.evaluate.summary import Summary, name_of, summarize
+from ip2p.evaluate.bootstrap import Estimate
 from ip2p.recipe import Recipe
+from ip2p.report.page import duration, percent, points
+from ip2p.report.summary import Summary, name_of, summarize
 from ip2p.workspace import Workspace
 from jobs import edit_captions, evaluate, export_dataset, generate_pairs, train
+from runtime.connect import connect
+from runtime.job import job
 
 STAGES: dict[ModuleType, str] = {
     edit_captions: "a language model writes instructions and edited captions",

@@ -9,7 +9,7 @@ Rejected candidates are kept for a share of the captions alone: pairs.keep_rejec
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
-from ip2p.evaluate.sheet import write_sheet
+from ip2p.report.contact_sheet import write_sheet
 from ip2p.workspace import Workspace
 
 

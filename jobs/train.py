@@ -24,20 +24,20 @@ from ray.data import ActorPoolStrategy, SaveMode
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
-from cluster.board import Board
-from cluster.connect import connect, uses_gpu
-from cluster.job import job
-from cluster.mlflow_board import MLflowBoard
 from ip2p.cli import load_settings
-from ip2p.evaluate.pictures import contact_sheet, is_readable
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
 from ip2p.train.encode import REQUIRED, SPLITS, WELCOME, PairEncoder
 from ip2p.train.export import export
 from ip2p.train.latents import LatentPairs, lay_out, some_captions
 from ip2p.train.loop import train
+from ip2p.train.previews import contact_sheet, is_readable
 from ip2p.train.unet import widen_conv_in
 from ip2p.workspace import Workspace
+from runtime.board import Board
+from runtime.connect import connect, uses_gpu
+from runtime.job import job
+from runtime.mlflow_board import MLflowBoard
 
 CURVE = pa.schema(
     [("step", pa.int64())]

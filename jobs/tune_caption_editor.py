@@ -19,8 +19,6 @@ from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_t
 from ray.train.torch import TorchTrainer
 from transformers import TrainerCallback
 
-from cluster.connect import connect, uses_gpu
-from cluster.job import job
 from ip2p.captions.answers import names_type
 from ip2p.captions.triplets import TRIPLETS, Triplet, read_triplets
 from ip2p.captions.tune import export, make_trainer, split, usable
@@ -30,6 +28,8 @@ from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import GrammarCaptions, Recipe, locate
 from ip2p.records import digest
 from ip2p.workspace import Workspace
+from runtime.connect import connect, uses_gpu
+from runtime.job import job
 
 
 def run(recipe: Recipe, workspace: Workspace) -> None:

@@ -23,13 +23,12 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.util.metrics import Gauge
 
-from cluster.connect import connect
 from ip2p.cli import load_settings, read_recipe
 from ip2p.edit.editor import Editor, EditRequest
-from ip2p.evaluate.editors import available, load_editor, version_folder
-from ip2p.evaluate.sweep import SHIPPED
+from ip2p.edit.editors import SHIPPED, available, load_editor, version_folder
 from ip2p.recipe import Recipe, locate
 from ip2p.workspace import Workspace
+from runtime.connect import connect
 from serve.batcher import Batcher, Job
 from serve.feedback import signing_secret
 from serve.front import Description, Front, Made, Moved

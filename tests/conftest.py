@@ -6,8 +6,8 @@ import pytest
 import ray
 import torch
 
-from cluster.connect import connect
 from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Pairs, Recipe, Sharing, Thresholds
+from runtime.connect import connect
 from tests import tiny
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other

@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from ip2p.evaluate.metrics import Estimate, by_case, estimate
+from ip2p.evaluate.bootstrap import Estimate, by_case, estimate
 from ip2p.pairs.filter import ACCEPTED, quality, verdict
 from ip2p.recipe import Pairs, Quality, Thresholds
 from ip2p.records import digest

@@ -9,7 +9,7 @@ import torch
 from ip2p import images
 from ip2p.clip_similarity import ClipSimilarity, similarities
 from ip2p.edit.editor import Editor, EditRequest
-from ip2p.evaluate.editors import load_editor
+from ip2p.edit.editors import load_editor
 from ip2p.evaluate.sdedit import SDEdit, SDEditRequest
 from ip2p.evaluate.sweep import METRICS, SDEDIT, SDEDITS, TRUTHS, UNCHANGED
 from ip2p.evaluate.truth import judge

@@ -10,13 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from ip2p.edit.editors import EDITORS, SHIPPED, WORKSPACE
 from ip2p.miniature.oracle import ATTRIBUTES
-from ip2p.recipe import Recipe
+from ip2p.recipe import Recipe, locate
 from ip2p.records import digest
+from ip2p.workspace import Workspace
 
-WORKSPACE, SHIPPED, UNCHANGED = "workspace", "shipped", "unchanged"
+UNCHANGED = "unchanged"
 SDEDIT, SDEDIT_INSTRUCTION = "sdedit", "sdedit_instruction"  # told the edited caption, told the instruction
-EDITORS = (WORKSPACE, SHIPPED)  # and those of evaluate.models
 SDEDITS = (SDEDIT, SDEDIT_INSTRUCTION)
 TRUTHS = ("carried_out", "preserved", "valid", "success")
 
@@ -144,3 +145,15 @@ def _edit(
     edit_id = f"{digest('edit', model, case['caption_id'], case['instruction'], *map(str, settings), seed):016x}"
     values = (edit_id, model, case["caption_id"], case["edit_kind"], case["instruction"], *settings, seed, draw)
     return dict(zip(EDITS.names, values, strict=True))
+
+
+def check_others(recipe: Recipe) -> None:
+    """Raises `ValueError`, naming the key, for an editor of `evaluate.models` that is not there, or a name taken."""
+    for name, other in recipe.evaluate.models.items():
+        key = f"evaluate.models.{name}"
+        if name in (WORKSPACE, SHIPPED, UNCHANGED, *SDEDITS):
+            raise ValueError(f"{key}: the name is taken, choose another one")
+        if other.path is not None:
+            locate(other.path, f"{key}.path")
+        elif other.workspace is not None and not Workspace(other.workspace).done("model"):
+            raise ValueError(f"{key}.workspace: {other.workspace} has no trained model; run jobs.train on it")

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from ip2p.captions.prompt import answer, tuned_prompt
 from ip2p.captions.triplets import TRIPLETS, Triplet
 from ip2p.captions.tune import export, make_trainer, split, usable
-from ip2p.miniature import language_model
 from ip2p.miniature.language import vocabulary
+from ip2p.miniature.models import language_model
 from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Recipe, Tune
 

@@ -11,8 +11,8 @@ from ray.cluster_utils import Cluster
 from cluster.prefetch import Model, chosen, missing
 from cluster.preflight import Facts, judge, judge_cluster, judge_gpus
 from ip2p.recipe import REPOSITORY, GrammarCaptions, ModelRef, Models, Recipe
-from tests.cluster import s3
 from tests.cluster.hub import COMMIT, hub
+from tests.runtime import s3
 
 HERE = {"python": "3.11.1", "torch": "2.13.0"}
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-from cluster import lease, submit
+from cluster import submit
 from cluster.submit import Submission, decide, submission
 from ip2p.recipe import REPOSITORY
 from ip2p.workspace import Workspace
+from runtime import lease
 
 RECIPE = "recipes/miniature.yaml"
 WANTED = Submission("train-x-00ff", "python -m jobs.train", "12")

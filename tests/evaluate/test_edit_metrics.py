@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import ViTModel
 
-from ip2p.evaluate.benchmarks import METRICS
+from ip2p.evaluate.benchmark.layouts import METRICS
 from ip2p.evaluate.edit_metrics import Picture, cosine, direction, embed_by_dino, l1, l2, measure
 from ip2p.models import load_dino
 from ip2p.recipe import ModelRef

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from ip2p.clip_similarity import ClipSimilarity, similarities
+from ip2p.edit.editors import SHIPPED
 from ip2p.evaluate.pair_truth import PAIR_TRUTH, PairTruth, sample_captions
 from ip2p.evaluate.scorer import EditScorer
 from ip2p.evaluate.sdedit import SDEdit, SDEditRequest
-from ip2p.evaluate.sweep import METRICS, SDEDIT, SDEDITS, SHIPPED, UNCHANGED, plan_edits
+from ip2p.evaluate.sweep import METRICS, SDEDIT, SDEDITS, UNCHANGED, plan_edits
 from ip2p.evaluate.truth import rendered_cases
 from ip2p.images import decode
 from ip2p.models import load_clip, load_text_to_image

@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from ip2p.evaluate.summary import summarize
 from ip2p.recipe import Pairs
+from ip2p.report.summary import summarize
 from ip2p.workspace import Workspace
 from jobs import calibrate
 from tests.evaluate.synthetic import make_recipe, make_workspace

@@ -10,9 +10,9 @@ import ray
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ip2p.captions.answers import ANSWERS
-from ip2p.miniature import language_model
 from ip2p.miniature.edits import EDIT_KINDS, possible_kinds
 from ip2p.miniature.language import read_caption, vocabulary
+from ip2p.miniature.models import language_model
 from ip2p.miniature.scene import held_out
 from ip2p.miniature.triplets import consistent
 from ip2p.recipe import ClipRef, FileCaptions, GrammarCaptions, HubCaptions, Instructions, ModelRef, Models, Recipe

@@ -3,17 +3,18 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.report.test_page import Page, read
 
-from ip2p.evaluate.benchmark_scorer import BenchmarkScorer
-from ip2p.evaluate.benchmark_summary import summarize_benchmark
-from ip2p.evaluate.benchmarks import BENCHMARK, MULTI, SINGLE, benchmark_files, detect
-from ip2p.evaluate.report import write_report
-from ip2p.evaluate.sweep import SHIPPED, UNCHANGED
+from ip2p.edit.editors import SHIPPED
+from ip2p.evaluate.benchmark.layouts import BENCHMARK, MULTI, SINGLE, benchmark_files, detect
+from ip2p.evaluate.benchmark.scorer import BenchmarkScorer
+from ip2p.evaluate.sweep import UNCHANGED
+from ip2p.report.benchmark import summarize_benchmark
+from ip2p.report.page import write_report
 from ip2p.workspace import Workspace
 from jobs import evaluate_benchmark
+from tests.evaluate.benchmark.synthetic_benchmarks import EMU_EDIT, emu_edit_row, magicbrush_row, write
 from tests.evaluate.synthetic import make_recipe
-from tests.evaluate.synthetic_benchmarks import EMU_EDIT, emu_edit_row, magicbrush_row, write
-from tests.evaluate.test_report import Page, read
 
 TURNS = [("1", 1), ("2", 2), ("2", 1), ("3", 1), ("1", 2), ("1", 3)]
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ip2p.plan import Assumptions
+from ip2p.cost import Assumptions
 from ip2p.recipe import REPOSITORY
 from jobs.plan import main, pairs_wanted
 

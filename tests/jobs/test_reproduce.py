@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ip2p.evaluate.report import write_report
-from ip2p.evaluate.summary import summarize
 from ip2p.recipe import REPOSITORY
+from ip2p.report.page import write_report
+from ip2p.report.summary import summarize
 from ip2p.workspace import Workspace
 from jobs import reproduce
 from tests.evaluate.synthetic import make_recipe, make_workspace

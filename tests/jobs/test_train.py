@@ -22,12 +22,12 @@ from PIL import Image
 from skimage import data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.mlflow_board import MLflowBoard
 from ip2p import images
 from ip2p.recipe import ClipRef, GrammarCaptions, MLflow, ModelRef, Models, Recipe, Sampling, Train
 from ip2p.records import DATASET, caption_id, split_of
 from ip2p.workspace import Workspace
 from jobs import train
+from runtime.mlflow_board import MLflowBoard
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PHOTOS = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ip2p.miniature import language_model
+from ip2p.miniature.models import language_model
 from ip2p.miniature.triplets import edit_kind
 from ip2p.recipe import REPOSITORY, GrammarCaptions, ModelRef, Recipe
 from ip2p.workspace import Workspace
