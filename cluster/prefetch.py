@@ -18,9 +18,10 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.recipe import LOCAL_CLIP, Recipe, locate
 from runtime.connect import connect
-from runtime.job import mistakes_told
+from runtime.job import exit_statuses
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 # In the order of preference, of a folder only those of the first kind that it has.
@@ -43,7 +44,7 @@ class Model:
 
 
 def models(recipe: Recipe) -> list[Model]:
-    """All models that a recipe names. Raises `ValueError` for one that is neither a directory nor a hub id."""
+    """All models that a recipe names. Raises `UserError` for one that is neither a directory nor a hub id."""
     refs = {"models.text_to_image": recipe.models.text_to_image, "models.llm": recipe.models.llm}
     refs |= {"models.vae": recipe.models.vae, "models.dino": recipe.models.dino, "train.base": recipe.train.base}
     refs["models.editor"] = recipe.models.editor
@@ -95,16 +96,16 @@ def chosen(files: Sequence[str]) -> list[str]:
 
 
 def fetch(model: Model) -> str:
-    """Download to this machine's cache what is not there; returns where it lies. Raises `ValueError`."""
+    """Download to this machine's cache what is not there; returns where it lies. Raises `UserError`."""
     if model.is_local:
         if problem := missing(model):
-            raise ValueError(f"{model.key}: {problem}: put it on storage that all machines mount")
+            raise UserError(f"{model.key}: {problem}: put it on storage that all machines mount")
         return model.path
     try:
         files = HfApi().list_repo_files(model.path, revision=model.revision)
         return snapshot_download(model.path, revision=model.revision, allow_patterns=chosen(files))
     except (HTTPError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{model.key}: {model.path} ({model.revision or 'newest'}): {error}; accept its licence on the hub, set "
             "HF_TOKEN, or give a directory as path"
         ) from error
@@ -116,7 +117,7 @@ def fetch_all(wanted: Sequence[Model]) -> list[str]:
     for model in wanted:
         try:
             lines.append(f"{model.key}: {fetch(model)}")
-        except ValueError as error:
+        except UserError as error:
             lines.append(f"error: {error}")
     return lines
 
@@ -152,12 +153,12 @@ def run(wanted: Sequence[Model]) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     recipe, _, _ = load_settings(__doc__ or "", argv=argv, needs=())
-    with mistakes_told():
+    with exit_statuses():
         wanted = models(recipe)
         # open_clip's own can not be pinned.
         for model in wanted:
             if not model.is_local and model.revision is None and model.key != "models.clip":
-                raise ValueError(f"{model.key}: {model.path!r} has no revision: pin it, so that all nodes get the same")
+                raise UserError(f"{model.key}: {model.path!r} has no revision: pin it, so that all nodes get the same")
         connect()
         sys.exit(0 if run(wanted) else 1)
 

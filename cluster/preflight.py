@@ -27,10 +27,11 @@ from rich.table import Table
 
 from cluster.prefetch import Model, missing, models, nodes, on_node
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace, versions
 from runtime.connect import FEWEST_CPUS, connect, gpus_to_come
-from runtime.job import mistakes_told
+from runtime.job import exit_statuses
 
 GB = 1e9
 MAX_SKEW = 5.0  # seconds; buckets refuse a quarter of an hour, and logs and leases are read by people
@@ -109,7 +110,7 @@ def try_storage(location: str, token: str) -> str:
             return f"read {read[:40]!r} where the driver wrote {token!r}"
         with workspace.reached():
             workspace.write(me, "preflight", token, me)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return ""
 
@@ -244,7 +245,7 @@ def start_pools(pools: Sequence[str], deadline: float) -> Iterator[Finding]:
 
 
 def run(recipe: Recipe, workspace: Workspace, flags: Flags) -> list[Finding]:
-    """Look at all machines. Raises `ValueError` when the driver itself does not reach the workspace."""
+    """Look at all machines. Raises `UserError` when the driver itself does not reach the workspace."""
     deadline = time.monotonic() + flags.patience
     wanted, token = models(recipe), uuid4().hex
     connect()
@@ -294,7 +295,7 @@ def show(findings: Sequence[Finding], console: Console) -> None:
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv)
     assert workspace is not None
-    with mistakes_told():
+    with exit_statuses():
         findings = run(recipe, workspace, flags)
     show(findings, Console(highlight=False))
     sys.exit(any(not one.well for one in findings))

@@ -22,9 +22,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from ip2p.cli import read_recipe
+from ip2p.errors import UserError
 from ip2p.recipe import REPOSITORY
 from ip2p.records import digest
-from runtime.job import mistakes_told
+from runtime.job import exit_statuses
 from runtime.lease import SUBMISSION
 
 # What jobs do not need of the repository; .gitignore leaves out more. Packages are the image's: nothing is installed.
@@ -50,15 +51,15 @@ class Submission:
 
 
 def submission(job: str, recipe: Path, workspace: str, flags: Sequence[str]) -> Submission:
-    """Raises `ValueError` for what could not run on another machine, naming the flag."""
+    """Raises `UserError` for what could not run on another machine, naming the flag."""
     if job not in MODULES:
-        raise ValueError(f"--job {job}: there is no such job; there are {', '.join(MODULES)}")
+        raise UserError(f"--job {job}: there is no such job; there are {', '.join(MODULES)}")
     read_recipe(recipe)
     file = recipe.resolve() if recipe.is_file() else REPOSITORY / recipe
     if not file.is_relative_to(REPOSITORY):
-        raise ValueError(f"--recipe {recipe}: lies outside {REPOSITORY}, which is what the cluster is sent")
+        raise UserError(f"--recipe {recipe}: lies outside {REPOSITORY}, which is what the cluster is sent")
     if "://" not in workspace and not Path(workspace).is_absolute():
-        raise ValueError(
+        raise UserError(
             f"--workspace {workspace}: means nothing on another machine; give s3://..., gs://..., or the absolute path "
             "of a folder that all machines share"
         )
@@ -75,7 +76,7 @@ def submission(job: str, recipe: Path, workspace: str, flags: Sequence[str]) -> 
 def decide(wanted: Submission, known: Sequence[JobDetails], again: bool) -> tuple[str, bool]:
     """(submission id, whether it is to be submitted) given what the cluster knows; else it is there already.
 
-    Raises `ValueError` when the same job runs in that workspace with other flags or another recipe.
+    Raises `UserError` when the same job runs in that workspace with other flags or another recipe.
     """
     attempts = {number: job for job in known if (number := wanted.attempt_of(job.submission_id))}
     if not attempts:
@@ -85,7 +86,7 @@ def decide(wanted: Submission, known: Sequence[JobDetails], again: bool) -> tupl
     same = last.entrypoint == wanted.entrypoint and (last.metadata or {}).get("recipe") == wanted.recipe
     if not last.status.is_terminal():
         if not same:
-            raise ValueError(
+            raise UserError(
                 f"{last.submission_id} runs in this workspace as `{last.entrypoint}`, with other flags or another "
                 f"recipe: wait for it, or ray job stop {last.submission_id}"
             )
@@ -127,7 +128,7 @@ def run(client: JobSubmissionClient, wanted: Submission, again: bool) -> int:
 def follow(client: JobSubmissionClient, name: str) -> None:
     """Print the log until the job ends, over lost connections as well.
 
-    Raises `ValueError` when the server stays away for PATIENCE seconds, as with a head that is gone.
+    Raises `UserError` when the server stays away for PATIENCE seconds, as with a head that is gone.
     """
     printed = 0
     heard = time.monotonic()
@@ -153,7 +154,7 @@ def follow(client: JobSubmissionClient, name: str) -> None:
         except (OSError, RuntimeError) as error:  # aiohttp's and requests' are OSErrors; RuntimeError is the client's
             trouble = error
         if time.monotonic() - heard > PATIENCE:
-            raise ValueError(
+            raise UserError(
                 f"the Jobs server has not answered for {PATIENCE:.0f} s ({trouble}). If the head is lost, so is the "
                 "job: the same command, on the new cluster, goes on from the workspace"
             )
@@ -190,14 +191,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     settings, flags = parser().parse_known_args(argv)
-    with mistakes_told():
+    with exit_statuses():
         wanted = submission(settings.job, settings.recipe, settings.workspace, flags)
         try:
             status = run(JobSubmissionClient(settings.address), wanted, settings.again)
         except ConnectionError as error:
-            raise ValueError(f"no Ray Jobs server: {error}; name it by --address http://HOST:8265") from error
+            raise UserError(f"no Ray Jobs server: {error}; name it by --address http://HOST:8265") from error
         except AuthenticationError as error:
-            raise ValueError(
+            raise UserError(
                 f"the cluster wants its token ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and put the "
                 "token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
             ) from error

@@ -23,6 +23,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from ip2p.errors import UserError
 from ip2p.recipe import LOCAL_CLIP, REPOSITORY, ClipRef, FileCaptions, HubCaptions, ModelRef, Recipe, locate
 from ip2p.workspace import Workspace
 
@@ -56,7 +57,7 @@ class _RecipeFile(InitSettingsSource):
     def __call__(self) -> dict[str, Any]:
         flags = self.current_state
         if "recipe" not in flags:
-            raise ValueError("--recipe: missing; name a recipe file, e.g. --recipe recipes/miniature.yaml")
+            raise UserError("--recipe: missing; name a recipe file, e.g. --recipe recipes/miniature.yaml")
         keys = read_yaml(flags["recipe"])
         captions, kind = keys.get("captions"), flags.get("captions", {}).get("kind")
         if isinstance(captions, dict) and kind and kind != captions.get("kind"):
@@ -100,7 +101,7 @@ def load_settings(
         problems = [_explain(settings_class, problem) for problem in error.errors(include_url=False)]
     except SettingsError as error:
         problems = [_explain_flags(settings_class, str(error))]
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problems = [str(error)]
     if problems:
         sys.exit(_fail(problems))
@@ -108,26 +109,30 @@ def load_settings(
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """A recipe file as a `Recipe`. Raises `ValueError` (pydantic's `ValidationError` among them)."""
-    return Recipe.model_validate(read_yaml(path))
+    """Load a recipe file. Raises `UserError` with one line for each problem."""
+    try:
+        return Recipe.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problems = [_explain(Recipe, problem) for problem in error.errors(include_url=False)]
+        raise UserError(f"--recipe {path}: {'; '.join(problems)}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, looked up in the current directory and then in the repository.
 
-    Raises `ValueError` when there is no such file, or it holds something else, or a key twice.
+    Raises `UserError` when there is no such file, or it holds something else, or a key twice.
     """
     found = [folder / path for folder in (Path.cwd(), REPOSITORY) if (folder / path).is_file()]
     if not found:
         ours = ", ".join(f"recipes/{file.name}" for file in sorted((REPOSITORY / "recipes").glob("*.yaml")))
-        raise ValueError(f"--recipe {path}: no such file; the repository has {ours}")
+        raise UserError(f"--recipe {path}: no such file; the repository has {ours}")
     try:
         with found[0].open(encoding="utf-8") as file:
             content = yaml.load(file, _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--recipe {path}: not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--recipe {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--recipe {path}: a recipe is a mapping of keys to values, not {type(content).__name__}")
+        raise UserError(f"--recipe {path}: a recipe is a mapping of keys to values, not {type(content).__name__}")
     return content
 
 
@@ -169,7 +174,7 @@ def _missing(recipe: Recipe, workspace: str | None, needs: tuple[str, ...]) -> I
                     locate(ref.path, f"{need}.path")
                 elif isinstance(ref, ClipRef) and ref.name.startswith(LOCAL_CLIP):
                     locate(ref.name.removeprefix(LOCAL_CLIP), f"{need}.name")
-        except ValueError as error:
+        except UserError as error:
             yield str(error)
 
 

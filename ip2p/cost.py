@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ip2p.edit.editors import EDITORS
+from ip2p.errors import UserError
 from ip2p.evaluate.sweep import SDEDITS, curve_scales, grid_scales
 from ip2p.recipe import Evaluate, Pairs, Recipe
 
@@ -225,8 +226,8 @@ def relative_area(height: int, width: int) -> float:
 
 
 def gpu_types(assumed: Assumptions) -> dict[str, tuple[float, float]]:
-    """(peak TFLOP/s, $ an hour) by type. Raises `ValueError` for one of which only one of the two is known."""
+    """(peak TFLOP/s, $ an hour) by type. Raises `UserError` for one of which only one of the two is known."""
     for name in assumed.peak_tflops.keys() ^ assumed.prices.keys():
         missing = "prices" if name in assumed.peak_tflops else "peak_tflops"
-        raise ValueError(f"{missing}: nothing is said of {name!r}; give it too, e.g. --{missing} '{{\"{name}\": 2.5}}'")
+        raise UserError(f"{missing}: nothing is said of {name!r}; give it too, e.g. --{missing} '{{\"{name}\": 2.5}}'")
     return {name: (assumed.peak_tflops[name], assumed.prices[name]) for name in assumed.prices}

@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
+from ip2p.errors import UserError
+
 MAX_PIXELS = 64_000_000
 """Larger images are refused before a pixel is decoded: about 200 MB of RGB."""
 
@@ -31,7 +33,7 @@ WHITE = 255.0
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Bytes of a picture -> uint8 (H, W, 3): upright, transparency over white, the first frame of an animation.
 
-    Raises `ValueError` that says what is wrong with the bytes and what to send instead.
+    Raises `UserError` that says what is wrong with the bytes and what to send instead.
     """
     return decode_with_alpha(data, max_pixels)[0]
 
@@ -60,18 +62,18 @@ def decode_with_alpha(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
 def inspect(data: bytes, max_pixels: int) -> tuple[int, int]:
     """(height, width) as stored, read from the header alone: no pixel is decoded.
 
-    Raises `ValueError`, telling what to send instead, for what is no PNG, JPEG or WebP of 8 bits a channel in grey or
+    Raises `UserError`, telling what to send instead, for what is no PNG, JPEG or WebP of 8 bits a channel in grey or
     RGB: too many pixels, animations, CMYK, 16 bits, and files that go on as something else.
     """
     picture = _header(data, max_pixels, UPLOADS)
     if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # of a phone: a photo and its thumbnails
-        raise ValueError("the image is animated: send one frame of it")
+        raise UserError("the image is animated: send one frame of it")
     if picture.mode == "CMYK":
-        raise ValueError("the image is CMYK, for print: save it as RGB and send that")
+        raise UserError("the image is CMYK, for print: save it as RGB and send that")
     if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and data[24:25] == b"\x10"):
-        raise ValueError("the image has 16 bits a channel: save it with 8 bits and send that")
+        raise UserError("the image has 16 bits a channel: save it with 8 bits and send that")
     if foreign := _goes_on(data, picture.format or ""):
-        raise ValueError(f"the file goes on after the image ends ({foreign}): save the image anew and send that")
+        raise UserError(f"the file goes on after the image ends ({foreign}): save the image anew and send that")
     return picture.height, picture.width
 
 
@@ -79,10 +81,10 @@ def encode(image: np.ndarray, format: str = "png", alpha: np.ndarray | None = No
     """uint8 (H, W, 3), with opacity uint8 (H, W) or not -> bytes of a png or webp (lossless) or a jpeg."""
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
     if format not in ("png", "webp", "jpeg"):
-        raise ValueError(f"format {format!r}: choose png, webp or jpeg")
+        raise UserError(f"format {format!r}: choose png, webp or jpeg")
     if alpha is not None:
         if format == "jpeg":
-            raise ValueError("format 'jpeg' can't hold transparency: choose png or webp")
+            raise UserError("format 'jpeg' can't hold transparency: choose png or webp")
         image = np.dstack([image, alpha])
     options = {"png": {}, "webp": {"lossless": True, "exact": True}, "jpeg": {"quality": 95, "subsampling": 0}}[format]
     buffer = io.BytesIO()
@@ -123,18 +125,18 @@ def fit(image: np.ndarray, max_side: int, multiple: int) -> np.ndarray:
 def _header(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
     """Opened, not decoded."""
     if not data:
-        raise ValueError("the image is empty (0 bytes): send the bytes of a PNG, JPEG or WebP file")
+        raise UserError("the image is empty (0 bytes): send the bytes of a PNG, JPEG or WebP file")
     try:
         picture = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"the image has more than {max_pixels} pixels: send a smaller version of it") from error
+        raise UserError(f"the image has more than {max_pixels} pixels: send a smaller version of it") from error
     except Exception as error:  # whatever a decoder makes of hostile bytes
-        raise ValueError(f"not an image that can be read ({len(data)} bytes): send a PNG, JPEG or WebP file") from error
+        raise UserError(f"not an image that can be read ({len(data)} bytes): send a PNG, JPEG or WebP file") from error
     width, height = picture.size
     if width * height > max_pixels:
-        raise ValueError(f"the image is {width}x{height}, more than {max_pixels} pixels: send a smaller version of it")
+        raise UserError(f"the image is {width}x{height}, more than {max_pixels} pixels: send a smaller version of it")
     if width * height == 0:
-        raise ValueError(f"the image is {width}x{height}, it has no pixels: send a larger one")
+        raise UserError(f"the image is {width}x{height}, it has no pixels: send a larger one")
     return picture
 
 
@@ -145,7 +147,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         picture.load()
         upright = ImageOps.exif_transpose(picture)
     except Exception as error:
-        raise ValueError(f"the image is damaged or cut short ({error}): send the whole file again") from error
+        raise UserError(f"the image is damaged or cut short ({error}): send the whole file again") from error
     return _eight_bits(upright) if upright.mode.startswith(("I", "F")) else upright
 
 

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ip2p.errors import UserError
 from ip2p.recipe import LOCAL_CLIP, ClipRef, ModelRef, locate
 
 
@@ -65,9 +66,9 @@ class TextToImage:
         return self.unet.config["in_channels"] == 2 * self.latent_channels
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of an image. Raises `ValueError` for sides that the VAE can't halve often enough."""
+        """(C, h, w) of the latents of an image. Raises `UserError` for sides that the VAE can't halve often enough."""
         if height % self.downsampling or width % self.downsampling or not height or not width:
-            raise ValueError(f"image size {height}x{width}: both sides must be multiples of {self.downsampling}")
+            raise UserError(f"image size {height}x{width}: both sides must be multiples of {self.downsampling}")
         return self.latent_channels, height // self.downsampling, width // self.downsampling
 
     @torch.no_grad()
@@ -125,9 +126,9 @@ class DinoModel:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` -> `cuda` where there is one, else `cpu`. Raises `ValueError` for a cuda that is not there."""
+    """`auto` -> `cuda` where there is one, else `cpu`. Raises `UserError` for a cuda that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for and this process sees none; use device: auto or cpu")
+        raise UserError("device: cuda was asked for and this process sees none; use device: auto or cpu")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
@@ -146,7 +147,7 @@ def load_text_to_image(
         part for part in ("tokenizer", "text_encoder", "vae", "unet", "scheduler") if not hasattr(pipeline, part)
     ]
     if missing:
-        raise ValueError(f"{key}: {ref.path!r} is a {type(pipeline).__name__} without {', '.join(missing)}")
+        raise UserError(f"{key}: {ref.path!r} is a {type(pipeline).__name__} without {', '.join(missing)}")
     for module in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
         module.to(device).eval().requires_grad_(False)
     config = dict(pipeline.scheduler.config)
@@ -187,12 +188,12 @@ def load_clip(ref: ClipRef, device: str = "auto", key: str = "models.clip") -> C
         )
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{key}: open_clip can't load {ref.name!r} ({ref.pretrained}): {error}") from error
+        raise UserError(f"{key}: open_clip can't load {ref.name!r} ({ref.pretrained}): {error}") from error
     assert isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP)
     model.to(dtype=dtype).eval().requires_grad_(False)
     shape: dict[str, Any] = model.visual.preprocess_cfg  # pyright: ignore
     if shape["resize_mode"] == "longest":
-        raise ValueError(
+        raise UserError(
             f"{key}: {ref.name!r} pads its images (resize_mode longest); use one that crops or squashes them"
         )
     height, width = (shape["size"],) * 2 if isinstance(shape["size"], int) else shape["size"]
@@ -214,7 +215,7 @@ def load_dino(ref: ModelRef, device: str = "auto", key: str = "models.dino") -> 
     device, dtype = resolve_device(device), getattr(torch, ref.dtype)
     model = _load(AutoModel, ref, key, dtype=dtype)
     if not hasattr(model.config, "patch_size"):
-        raise ValueError(
+        raise UserError(
             f"{key}.path: {ref.path!r} is a {type(model).__name__}, no vision transformer; use one such as "
             "facebook/dino-vits16"
         )
@@ -232,6 +233,4 @@ def _load(loader: Any, ref: ModelRef, key: str, **arguments: Any) -> Any:
             if Path(path).is_dir()
             else "check the id and revision, or download it and give its directory as path"
         )
-        raise ValueError(
-            f"{key}.path: can't load {ref.path!r} (revision {ref.revision}): {error}; {way_out}"
-        ) from error
+        raise UserError(f"{key}.path: can't load {ref.path!r} (revision {ref.revision}): {error}; {way_out}") from error

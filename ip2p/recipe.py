@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ip2p.errors import UserError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 LOCAL_CLIP = "local-dir:"
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(message)
+    raise UserError(message)
 
 
 def _read_flag(value: object) -> object:
@@ -79,9 +81,9 @@ class ClipRef(Section):
     @model_validator(mode="after")
     def _weights_are_named_once(self):
         if self.name.startswith(LOCAL_CLIP) and self.pretrained is not None:
-            raise ValueError(f"{self.name!r} brings its own weights: leave out pretrained ({self.pretrained!r})")
+            raise UserError(f"{self.name!r} brings its own weights: leave out pretrained ({self.pretrained!r})")
         if not self.name.startswith(LOCAL_CLIP) and self.pretrained is None:
-            raise ValueError(f"{self.name!r} needs pretrained, a weights tag, e.g. openai")
+            raise UserError(f"{self.name!r} needs pretrained, a weights tag, e.g. openai")
         return self
 
 
@@ -197,7 +199,7 @@ class Instructions(Section):
     @model_validator(mode="after")
     def _answers_fit(self):
         if self.max_tokens >= self.max_model_len:
-            raise ValueError(
+            raise UserError(
                 f"max_tokens {self.max_tokens} must be less than max_model_len {self.max_model_len}: prompts need room"
             )
         return self
@@ -261,9 +263,9 @@ class Sharing(Section):
     @model_validator(mode="after")
     def _some_mode_applies(self):
         if self.modes[-1] == "replace":
-            raise ValueError("modes must end with self or refine: replace does not apply to all caption pairs")
+            raise UserError("modes must end with self or refine: replace does not apply to all caption pairs")
         if self.emphasis != 1 and "self" in self.modes:
-            raise ValueError("emphasis is for the modes replace and refine: self leaves cross-attention alone")
+            raise UserError("emphasis is for the modes replace and refine: self leaves cross-attention alone")
         return self
 
 
@@ -278,7 +280,7 @@ class Thresholds(Section):
     @model_validator(mode="after")
     def _something_passes(self):
         if self.image > self.image_max:
-            raise ValueError(f"image {self.image:g} must be <= image_max {self.image_max:g}: nothing could pass")
+            raise UserError(f"image {self.image:g} must be <= image_max {self.image_max:g}: nothing could pass")
         return self
 
 
@@ -347,7 +349,7 @@ class Pairs(Section):
     @model_validator(mode="after")
     def _early_look_has_a_measure(self):
         if self.early_look and not self.quality:
-            raise ValueError("early_look compares pairs.quality, and there is none: set it, or leave early_look out")
+            raise UserError("early_look compares pairs.quality, and there is none: set it, or leave early_look out")
         return self
 
 
@@ -360,7 +362,7 @@ class Dataset(Section):
     @model_validator(mode="after")
     def _something_is_left(self):
         if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError(
+            raise UserError(
                 f"validation_fraction {self.validation_fraction:g} + test_fraction {self.test_fraction:g} must be < 1: "
                 "nothing is left to train on"
             )
@@ -467,7 +469,7 @@ class Train(Section):
     def _dropout_is_a_partition(self):
         total = self.drop_text + self.drop_image + self.drop_both
         if total > 1:
-            raise ValueError(
+            raise UserError(
                 f"drop_text + drop_image + drop_both must be <= 1, not {total:g}: one draw picks one of them"
             )
         return self
@@ -476,9 +478,9 @@ class Train(Section):
     def _every_worker_has_samples(self):
         fewest, most = self.worker_range
         if self.batch_size < most:
-            raise ValueError(f"batch_size {self.batch_size} must be at least workers {most}: one sample each")
+            raise UserError(f"batch_size {self.batch_size} must be at least workers {most}: one sample each")
         if self.parallel == "fsdp" and any(self.batch_size % n for n in range(fewest, most + 1)):
-            raise ValueError(
+            raise UserError(
                 f"batch_size {self.batch_size} must be a multiple of workers {self.workers} with parallel: fsdp, whose "
                 "workers take every step together"
             )
@@ -492,12 +494,12 @@ class Train(Section):
     @model_validator(mode="after")
     def _crops_fit(self):
         if self.random_resize and self.random_resize[0] < self.resolution:
-            raise ValueError(
+            raise UserError(
                 f"random_resize begins at {self.random_resize[0]:g}, below resolution {self.resolution}: squares of "
                 "that side could not be cut"
             )
         if self.crops > 1 and not self.random_resize:
-            raise ValueError(f"crops {self.crops} would all be the same without random_resize")
+            raise UserError(f"crops {self.crops} would all be the same without random_resize")
         return self
 
 
@@ -522,7 +524,7 @@ class OtherEditor(Section):
     @model_validator(mode="after")
     def _is_one(self):
         if (self.path is None) == (self.workspace is None):
-            raise ValueError("give path or workspace, one of them")
+            raise UserError("give path or workspace, one of them")
         return self
 
 
@@ -637,13 +639,13 @@ def locate(path: str, key: str = "path") -> str:
     """The directory that `path` names, absolute; or `path` itself when it is a hub id.
 
     A relative path is looked up in the current directory and then in the repository, so that a recipe means the same
-    on a cluster. Raises `ValueError`, naming `key`, when `path` is neither.
+    on a cluster. Raises `UserError`, naming `key`, when `path` is neither.
     """
     for folder in (Path.cwd(), REPOSITORY):
         if (folder / Path(path).expanduser()).is_dir():
             return str((folder / Path(path).expanduser()).resolve())
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return path
-    raise ValueError(
+    raise UserError(
         f"{key}: there is no directory {path!r} here or in the repository, and it is no hub id (owner/name)"
     )

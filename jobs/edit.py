@@ -18,9 +18,11 @@ from ip2p.cli import read_recipe
 from ip2p.edit.editor import Editor, EditRequest
 from ip2p.edit.editors import available, load_editor
 from ip2p.edit.grid import scale_grid
+from ip2p.errors import UserError
 from ip2p.models import load_text_to_image
 from ip2p.recipe import ModelRef, Recipe
 from ip2p.workspace import Workspace
+from runtime.job import exit_statuses
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 BATCH_SIZE = 8
@@ -54,14 +56,14 @@ class Edit(BaseSettings):
 
 
 def run(settings: Edit) -> Path:
-    """Edit, write and tell; returns the path written. Raises `ValueError` or `OSError` for what is wrong."""
+    """Edit, write and tell; returns the path written. Raises `UserError` or `OSError` for what is wrong."""
     output = settings.output or settings.image.with_name(f"{settings.image.stem}-edited.png")
     if output.suffix.lower() not in FORMATS:
-        raise ValueError(f"--output {output}: choose a name that ends in {', '.join(FORMATS)}")
+        raise UserError(f"--output {output}: choose a name that ends in {', '.join(FORMATS)}")
     data = settings.image.read_bytes()
     image, alpha = images.decode(data), images.decode_alpha(data)
     if alpha is not None and FORMATS[output.suffix.lower()] == "jpeg":
-        raise ValueError(
+        raise UserError(
             f"--output {output}: {settings.image} has transparency and JPEG can't hold it; use .png or .webp"
         )
     recipe = read_recipe(settings.recipe)
@@ -100,13 +102,13 @@ def run(settings: Edit) -> Path:
 def load(settings: Edit, recipe: Recipe) -> Editor:
     """The editor of --model, of --workspace or of the recipe."""
     if settings.model is not None and settings.workspace is not None:
-        raise ValueError("--model and --workspace: give one of them")
+        raise UserError("--model and --workspace: give one of them")
     if settings.model is not None:
         ref = ModelRef(path=settings.model, dtype=recipe.models.editor.dtype)
         return Editor(load_text_to_image(ref, None, recipe.device, "--model"), BATCH_SIZE)
     workspace = Workspace(settings.workspace) if settings.workspace is not None else None
     if workspace is not None and not workspace.done("model"):
-        raise ValueError(
+        raise UserError(
             f"--workspace {settings.workspace}: it has no trained model; run jobs.train on it, or leave it out"
         )
     model = load_editor(recipe, workspace, available(workspace)[0])
@@ -120,17 +122,16 @@ def edit_with_progress(editor: Editor, requests: list[EditRequest]) -> list[np.n
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        run(Edit(_cli_parse_args=sys.argv[1:] if argv is None else argv))  # pyright: ignore[reportCallIssue]
-    except ValidationError as error:
-        problems = [f"--{problem['loc'][0]}: {problem['msg']}" for problem in error.errors()]
-    except (ValueError, OSError) as error:
-        problems = [str(error)]
-    else:
-        return
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
+    with exit_statuses():
+        try:
+            settings = Edit(_cli_parse_args=sys.argv[1:] if argv is None else argv)  # pyright: ignore[reportCallIssue]
+        except ValidationError as error:
+            problems = [f"--{problem['loc'][0]}: {problem['msg']}" for problem in error.errors()]
+            raise UserError("\nerror: ".join(problems)) from error
+        try:
+            run(settings)
+        except OSError as error:  # the image is not there, the output can't be written
+            raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":

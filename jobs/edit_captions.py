@@ -25,6 +25,7 @@ from ip2p.captions.prompt import few_shot_messages, schema, tuned_prompt
 from ip2p.captions.screen import NearDuplicates, refuse
 from ip2p.captions.source import file_captions, hub_captions
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.miniature.edits import EDIT_KINDS, PLACED_KINDS
 from ip2p.miniature.triplets import draw_triplet, edit_kind
 from ip2p.models import load_tokenizer
@@ -32,7 +33,7 @@ from ip2p.recipe import FileCaptions, GrammarCaptions, HubCaptions, Recipe, loca
 from ip2p.records import CAPTIONS, caption_id, digest
 from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
-from runtime.job import job, mistakes_told
+from runtime.job import exit_statuses, job
 from runtime.progress import Counted, Tally, time_left
 
 ROWS_PER_FILE = 5000
@@ -59,7 +60,7 @@ class Flags(BaseModel):
 def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
     """Write `instructions/`. The same call goes on where a killed one stopped, and costs nothing when all is done.
 
-    Raises `ValueError` when `instructions/` was begun with another recipe.
+    Raises `UserError` when `instructions/` was begun with another recipe.
     """
     started = time.perf_counter()
     check(recipe)
@@ -82,11 +83,11 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
 
 
 def check(recipe: Recipe) -> None:
-    """Raises `ValueError`, naming the key, for a quota of what is no edit type here."""
+    """Raises `UserError`, naming the key, for a quota of what is no edit type here."""
     allowed = EDIT_TYPES if names_type(recipe) else EDIT_KINDS
     for name in recipe.instructions.quotas:
         if name not in allowed:
-            raise ValueError(f"instructions.quotas: {name!r} is no edit type; choose of {', '.join(allowed)}")
+            raise UserError(f"instructions.quotas: {name!r} is no edit type; choose of {', '.join(allowed)}")
 
 
 def to_do(workspace: Workspace) -> int:
@@ -110,7 +111,7 @@ def write_captions(recipe: Recipe, workspace: Workspace) -> dict[str, int]:
     """Write `captions/` (CAPTIONS; each caption once), always anew: the same recipe gives the same files."""
     folder = workspace.path("captions")
     if isinstance(recipe.captions, FileCaptions) and Workspace(recipe.captions.path).path("").startswith(f"{folder}/"):
-        raise ValueError(f"captions.path: {folder} is written by this job; keep {recipe.captions.path!r} elsewhere")
+        raise UserError(f"captions.path: {folder} is written by this job; keep {recipe.captions.path!r} elsewhere")
     captions = read_captions(recipe)
     if workspace.exists("captions"):
         workspace.fs.delete_dir(folder)
@@ -133,7 +134,7 @@ def write_captions(recipe: Recipe, workspace: Workspace) -> dict[str, int]:
     if rows:
         _write_part(workspace, files, rows)
     if not seen:
-        raise ValueError(f"captions: there are none in {recipe.captions}")
+        raise UserError(f"captions: there are none in {recipe.captions}")
     return {"captions": len(seen), "duplicates": duplicates, "refused": refused}
 
 
@@ -178,7 +179,7 @@ def grammar_captions(captions: GrammarCaptions, seed: int) -> Iterator[str]:
     """
     kinds = captions.kinds or EDIT_KINDS
     if not captions.say_places and (placed := [kind for kind in kinds if kind in PLACED_KINDS]):
-        raise ValueError(f"captions.say_places: false, but {', '.join(placed)} of captions.kinds needs to know places")
+        raise UserError(f"captions.say_places: false, but {', '.join(placed)} of captions.kinds needs to know places")
     seen: set[str] = set()
     attempt = 0
     while len(seen) < captions.count:
@@ -255,7 +256,7 @@ def preview(recipe: Recipe, captions: int) -> None:
         if len(chosen) == captions:
             break
     if not chosen:
-        raise ValueError(f"captions: none of {recipe.captions} can be asked for; a run without --preview says why")
+        raise UserError(f"captions: none of {recipe.captions} can be asked for; a run without --preview says why")
     connect()
     print(f"edit_captions: {recipe.models.llm.path} is asked for {len(chosen)} captions, once")
     once = {"attempts": 1, "replicas": 1}
@@ -380,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
     if flags.preview:
-        with mistakes_told():
+        with exit_statuses():
             preview(recipe, flags.preview)
     else:
         with job("edit_captions", workspace):

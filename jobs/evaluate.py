@@ -15,6 +15,7 @@ from ray.data import Dataset
 
 from ip2p.cli import load_settings
 from ip2p.edit.editors import SHIPPED, available
+from ip2p.errors import UserError
 from ip2p.evaluate.pair_truth import PairTruth, sample_captions
 from ip2p.evaluate.scorer import EditScorer
 from ip2p.evaluate.sweep import check_others, plan_edits, plan_grid, shown_editor
@@ -36,7 +37,7 @@ CAPTIONS_PER_TASK = 4
 def run(recipe: Recipe, workspace: Workspace) -> Summary:
     """Write `evaluation/` and `report.html`. The same call goes on where a killed one stopped.
 
-    Another model, or another recipe for it, starts anew. Raises `ValueError` when there is nothing to evaluate.
+    Another model, or another recipe for it, starts anew. Raises `UserError` when there is nothing to evaluate.
     """
     check(recipe)
     names = editors(recipe, workspace)
@@ -101,7 +102,7 @@ def score(
 
 
 def check(recipe: Recipe) -> None:
-    """Raises `ValueError`, naming the key, when an editor to be evaluated, the judge or the image is not there."""
+    """Raises `UserError`, naming the key, when an editor to be evaluated, the judge or the image is not there."""
     if recipe.evaluate.shipped:
         locate(recipe.models.editor.path, "models.editor.path")
     check_others(recipe)
@@ -116,7 +117,7 @@ def editors(recipe: Recipe, workspace: Workspace) -> list[str]:
     names = [name for name in available(workspace) if recipe.evaluate.shipped or name != SHIPPED]
     names += recipe.evaluate.models
     if not names:
-        raise ValueError(
+        raise UserError(
             f"{workspace.location} has no model: run jobs.train, or evaluate the shipped one (evaluate.shipped: true)"
         )
     return names

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.evaluate.benchmark.layouts import (
     BENCHMARK,
     MULTI,
@@ -54,7 +55,7 @@ class Flags(BaseModel):
 def run(recipe: Recipe, workspace: Workspace, benchmark: str, overwrite: bool = False) -> list[BenchmarkTable]:
     """Write `benchmark/` and `report.html`. The same call goes on where a killed one stopped.
 
-    Raises `ValueError` when there is no editor, for files that are no benchmark, and when `benchmark/` was begun with
+    Raises `UserError` when there is no editor, for files that are no benchmark, and when `benchmark/` was begun with
     another benchmark, model or recipe.
     """
     started = time.perf_counter()
@@ -127,7 +128,7 @@ def group(workspace: Workspace, source: Workspace, files: list[str], layout: Lay
         counts["sessions"] += len(rows)
         counts["turns"] += sum(len(row["turns"]) for row in rows)
     if not counts["sessions"]:
-        raise ValueError(f"benchmark: the files of {source.location!r} have no rows")
+        raise UserError(f"benchmark: the files of {source.location!r} have no rows")
     workspace.mark_done("benchmark/sessions", **counts)
 
 

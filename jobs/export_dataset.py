@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import ray
 
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.pairs.export import SPLITS, explode, with_features
 from ip2p.recipe import Recipe
 from ip2p.records import split_of
@@ -29,16 +30,16 @@ TASK_CPUS = 0.5
 def run(recipe: Recipe, workspace: Workspace) -> None:
     """Write `dataset/` anew from `pairs/`; costs nothing when it is complete.
 
-    Raises `ValueError` when `pairs/` is not complete or holds no pair.
+    Raises `UserError` when `pairs/` is not complete or holds no pair.
     """
     if workspace.done("dataset"):
         print(f"export_dataset: {workspace.uri('dataset')} is complete; remove it to make it anew")
         print(show(workspace.counts("dataset")))
         return
     if not workspace.done("pairs"):
-        raise ValueError(f"{workspace.uri('pairs')} is not complete: run jobs.generate_pairs first")
+        raise UserError(f"{workspace.uri('pairs')} is not complete: run jobs.generate_pairs first")
     if not workspace.counts("pairs")["pairs"]:
-        raise ValueError(f"{workspace.uri('pairs')} holds no pair: lower pairs.thresholds or draw more candidates")
+        raise UserError(f"{workspace.uri('pairs')} holds no pair: lower pairs.thresholds or draw more candidates")
     started = time.perf_counter()
     connect()
     if workspace.exists("dataset"):

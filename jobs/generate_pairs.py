@@ -17,6 +17,7 @@ from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.pairs.funnel import COLUMNS, funnel, show
 from ip2p.pairs.generate import PairGenerator, failed
 from ip2p.recipe import Recipe
@@ -40,10 +41,10 @@ class Flags(BaseModel):
 def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
     """Write `pairs/`. The same call goes on where a killed one stopped, and costs nothing when all is done.
 
-    Raises `ValueError` when there are no instructions, and when `pairs/` was begun with another recipe.
+    Raises `UserError` when there are no instructions, and when `pairs/` was begun with another recipe.
     """
     if not workspace.done("instructions"):
-        raise ValueError(f"{workspace.uri('instructions')} is not complete: run jobs.edit_captions first")
+        raise UserError(f"{workspace.uri('instructions')} is not complete: run jobs.edit_captions first")
     workspace.claim("pairs", decisive(recipe), overwrite)
     if workspace.done("pairs"):
         print(f"generate_pairs: {workspace.uri('pairs')} is complete; --overwrite makes it anew")

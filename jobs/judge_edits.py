@@ -14,6 +14,7 @@ from ray.data import ActorPoolStrategy, Dataset
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.evaluate.judge import JUDGED, Questions, read_answer, schema
 from ip2p.recipe import Judge, Recipe, locate
 from ip2p.records import digest
@@ -21,6 +22,7 @@ from ip2p.report.page import write_report
 from ip2p.workspace import Workspace
 from jobs.edit_captions import CPU_ENVIRONMENT, ENGINE_CPUS, ENGINE_RESTARTS
 from runtime.connect import connect, uses_gpu
+from runtime.job import job
 from runtime.progress import Counted, Tally
 from runtime.rows import ACTOR_CPUS, TASK_CPUS, begin, chain
 
@@ -30,13 +32,13 @@ SOURCE, SINK, DONE = "evaluation/metrics.parquet", "evaluation/judged.parquet", 
 def run(recipe: Recipe, workspace: Workspace) -> None:
     """Write `evaluation/judged.parquet`. The same call goes on where a killed one stopped; another judge begins anew.
 
-    Raises `ValueError` without a judge in the recipe, or before the sweep has run.
+    Raises `UserError` without a judge in the recipe, or before the sweep has run.
     """
     started, judge = time.perf_counter(), recipe.evaluate.judge
     if judge is None:
-        raise ValueError("evaluate.judge is null: name a vision-language model, evaluate.judge: {model: {path: ...}}")
+        raise UserError("evaluate.judge is null: name a vision-language model, evaluate.judge: {model: {path: ...}}")
     if not workspace.done("evaluation"):
-        raise ValueError(f"{workspace.uri(SOURCE)} is not whole: run jobs.evaluate first")
+        raise UserError(f"{workspace.uri(SOURCE)} is not whole: run jobs.evaluate first")
     plan = fingerprint(recipe, judge, workspace)
     if workspace.done(DONE) and workspace.counts(DONE)["plan"] == plan:
         print("judge_edits: done already")
@@ -149,8 +151,9 @@ def answer_of(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, _ = load_settings(__doc__ or "", argv=argv)
     assert workspace is not None
-    run(recipe, workspace)
-    write_report(recipe, workspace)
+    with job("judge_edits", workspace):
+        run(recipe, workspace)
+        write_report(recipe, workspace)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rich.table import Table
 from ip2p.cli import load_settings
 from ip2p.cost import Assumptions, Protocol, Stage, gpu_types, protocols, stages
 from ip2p.recipe import Recipe
+from runtime.job import exit_statuses
 
 
 class Flags(Assumptions):
@@ -21,7 +22,7 @@ class Flags(Assumptions):
 
 
 def run(recipe: Recipe, flags: Flags, console: Console) -> None:
-    """Print a table for each protocol, and the assumptions. Raises `ValueError` for a GPU that is half known."""
+    """Print a table for each protocol, and the assumptions. Raises `UserError` for a GPU that is half known."""
     gpus = gpu_types(flags)
     for protocol in protocols(recipe, flags):
         console.print(cost_table(protocol, stages(recipe, protocol, flags.wanted, flags), gpus, flags))
@@ -79,10 +80,8 @@ def pairs_wanted(argv: Sequence[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     recipe, _, flags = load_settings(__doc__ or "", Flags, pairs_wanted(sys.argv[1:] if argv is None else argv), ())
-    try:
+    with exit_statuses():
         run(recipe, flags, Console(highlight=False))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPTokenizer
 
+from ip2p.errors import UserError
 from ip2p.miniature.models import autoencoder, clip, editor, language_model, text_to_image
 from ip2p.miniature.models.fit import Run
 from ip2p.models import load_clip
@@ -105,7 +106,7 @@ def train_one(config: dict[str, Any]) -> None:
 def train_all(settings: Settings) -> None:
     connect()
     if settings.workers > 1 and "language_model" in settings.models:
-        raise ValueError("--workers: the language model trains on one worker; give --models without it, or --workers 1")
+        raise UserError("--workers: the language model trains on one worker; give --models without it, or --workers 1")
     cpus = max(1, int(ray.cluster_resources()["CPU"]) // settings.workers)
     for name in settings.models:
         TorchTrainer(

@@ -12,10 +12,11 @@ from pydantic import BaseModel, Field
 from pydantic_settings import CliImplicitFlag
 
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.pairs.export import dataset_card
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
-from runtime.job import mistakes_told
+from runtime.job import exit_statuses
 
 NOT_SENT = ("_SUCCESS",)
 WRITTEN_BY = {"model": "jobs.train", "dataset": "jobs.export_dataset"}
@@ -31,15 +32,15 @@ class Flags(BaseModel):
 def run(recipe: Recipe, workspace: Workspace, flags: Flags) -> None:
     """List what goes where and, with `flags.yes`, send it; files that are there already are not sent again.
 
-    Raises `ValueError` when no repository is named, or there is nothing complete to send.
+    Raises `UserError` when no repository is named, or there is nothing complete to send.
     """
     repositories = {"model": flags.model_repo, "dataset": flags.dataset_repo}
     wanted = {stage: repository for stage, repository in repositories.items() if repository}
     if not wanted:
-        raise ValueError("--model_repo, --dataset_repo: name one at least, e.g. --model_repo me/my-editor")
+        raise UserError("--model_repo, --dataset_repo: name one at least, e.g. --model_repo me/my-editor")
     for stage in wanted:
         if not workspace.done(stage):
-            raise ValueError(f"{workspace.uri(stage)} is not complete: run {WRITTEN_BY[stage]} first")
+            raise UserError(f"{workspace.uri(stage)} is not complete: run {WRITTEN_BY[stage]} first")
     for stage, repository in wanted.items():
         infos = workspace.fs.get_file_info([path for path in workspace.files(stage) if not path.endswith(NOT_SENT)])
         for info in infos:
@@ -73,7 +74,7 @@ def send(recipe: Recipe, workspace: Workspace, stage: str, repository: str, priv
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv)
     assert workspace is not None
-    with mistakes_told():
+    with exit_statuses():
         run(recipe, workspace, flags)
 
 

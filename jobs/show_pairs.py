@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from ip2p.report.contact_sheet import write_sheet
 from ip2p.workspace import Workspace
+from runtime.job import exit_statuses
 
 
 class Settings(BaseSettings):
@@ -24,10 +25,8 @@ class Settings(BaseSettings):
 def main(argv: list[str] | None = None) -> None:
     settings = CliApp.run(Settings, cli_args=argv)
     workspace = Workspace(settings.workspace)
-    try:
+    with exit_statuses():
         shown = write_sheet(workspace, settings.count)
-    except ValueError as error:
-        raise SystemExit(f"show_pairs: {error}") from error
     print(f"show_pairs: {shown['accepted']} accepted, {shown['rejected']} rejected: {workspace.uri('pairs.html')}")
 
 

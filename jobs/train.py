@@ -25,6 +25,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
 from ip2p.cli import load_settings
+from ip2p.errors import UserError
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
 from ip2p.train.encode import REQUIRED, SPLITS, WELCOME, PairEncoder
@@ -91,12 +92,12 @@ def load_base(recipe: Recipe, device: str) -> TextToImage:
 def encode(recipe: Recipe, workspace: Workspace) -> None:
     """The dataset -> latents/, unless that was done from the same files by the same model.
 
-    Raises `ValueError` when there is nothing to train on, or too much of it is unreadable.
+    Raises `UserError` when there is nothing to train on, or too much of it is unreadable.
     """
     source, paths = dataset_files(recipe, workspace)
     nothing = f"no pairs to train on in {source.location}: run jobs.export_dataset, or accept more pairs"
     if not paths:
-        raise ValueError(nothing)
+        raise UserError(nothing)
     digest = source_digest(recipe, source, paths)
     if workspace.done("latents") and workspace.counts("latents")["source"] == digest:
         return
@@ -118,13 +119,13 @@ def encode(recipe: Recipe, workspace: Workspace) -> None:
     for row in failed[:5]:
         print(f"train: pair {row['pair_id']} is left out: {row['reason']}")
     if len(failed) > recipe.train.max_broken * len(rows):
-        raise ValueError(
+        raise UserError(
             f"{len(failed)} of {len(rows)} pairs are unreadable, more than train.max_broken {recipe.train.max_broken:g}"
             f" of them, e.g. {failed[0]['pair_id']}: {failed[0]['reason']}"
         )
     pairs = {split: sum(row["split"] == split and row["status"] == "ok" for row in rows) for split in SPLITS}
     if not pairs["train"]:
-        raise ValueError(nothing)
+        raise UserError(nothing)
     workspace.mark_done("latents", source=digest, **pairs, failed=len(failed))
 
 
@@ -136,10 +137,10 @@ def dataset_files(recipe: Recipe, workspace: Workspace) -> tuple[Workspace, list
 
 
 def columns(source: Workspace, path: str) -> list[str]:
-    """Those of a dataset's file that training reads. Raises `ValueError` when one of them is missing."""
+    """Those of a dataset's file that training reads. Raises `UserError` when one of them is missing."""
     names = pq.ParquetFile(source.fs.open_input_file(path)).schema_arrow.names
     if missing := [name for name in REQUIRED if name not in names]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}")
+        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}")
     return [name for name in (*REQUIRED, *WELCOME) if name in names]
 
 
@@ -165,7 +166,7 @@ def fit(recipe: Recipe, workspace: Workspace, data: Workspace) -> ray.train.Chec
     encoded = data.counts("latents")
     validates = bool(encoded["validation"])
     if recipe.train.export == "best" and not validates:
-        raise ValueError(
+        raise UserError(
             "train.export: best, but there are no held-out pairs to tell by; see dataset.validation_fraction"
         )
     if recipe.train.compile and not gpu:
@@ -229,9 +230,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     validation = LatentPairs(folders["validation"]) if "validation" in folders else None
     state, curve, again = go_on_from(ray.train.get_checkpoint(), model.device)
     if state is not None and state["step"] > recipe.train.steps:
-        raise ValueError(
-            f"train.steps: {recipe.train.steps}, but this run is at step {state['step']} already; raise it"
-        )
+        raise UserError(f"train.steps: {recipe.train.steps}, but this run is at step {state['step']} already; raise it")
     if rank == 0:
         begin = f"from step {state['step']}" if state else "from the start"
         print(f"train: {pairs.count} samples, {recipe.train.steps} steps, {begin}, on {world_size} x {model.device}")
@@ -350,7 +349,7 @@ def go_on_from(
     Of the last checkpoint, or where it is broken of the one before it that is not. The broken one keeps its name, by
     which Ray will remove it in its turn: a new one of that step must have another.
 
-    Raises `ValueError` when none can be read.
+    Raises `UserError` when none can be read.
     """
     if checkpoint is None:
         return None, [], ""
@@ -365,7 +364,7 @@ def go_on_from(
             print(f"train: {folder}/{name}/{STATE} is broken ({error}); going on from the one before", flush=True)
             continue
         return state, curve, "" if name == last else f"-{short_digest(names)}"
-    raise ValueError(f"no checkpoint in {folder} can be read: remove that folder to train from the start")
+    raise UserError(f"no checkpoint in {folder} can be read: remove that folder to train from the start")
 
 
 def load_checkpoint(checkpoint: ray.train.Checkpoint, device: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -35,7 +35,7 @@ from runtime.job import job
 def run(recipe: Recipe, workspace: Workspace) -> None:
     """Write `language_model/`. The same call goes on where a killed one stopped.
 
-    Raises `ValueError` when there are no triplets to train on.
+    Raises `UserError` when there are no triplets to train on.
     """
     if workspace.done("language_model"):
         print(f"tune_caption_editor: done already, see {workspace.uri('language_model')}")

@@ -6,6 +6,8 @@ import ray
 from ray._private.state import state as ray_state
 from ray.data import DataContext
 
+from ip2p.errors import UserError
+
 # In a resumed run the checkpoint's filter and a stage's actors hold a CPU each to the end, and Ray's own listing and
 # repartitioning tasks want a whole one: with two they would wait for ever. Ray's CPUs are tickets, not cores.
 FEWEST_CPUS = 4
@@ -31,11 +33,11 @@ def connect() -> None:
 def uses_gpu(device: str) -> bool:
     """Whether a recipe's `device` means that its actors ask Ray for GPUs: the cluster has them, or can grow them.
 
-    Raises `ValueError` when it demands what the cluster has not.
+    Raises `UserError` when it demands what the cluster has not.
     """
     gpus = ray.cluster_resources().get("GPU", 0) or gpus_to_come()
     if device == "cuda" and not gpus:
-        raise ValueError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
+        raise UserError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
     return device != "cpu" and gpus > 0
 
 

@@ -23,6 +23,7 @@ from uuid import uuid4
 
 import psutil
 
+from ip2p.errors import UserError
 from ip2p.workspace import Workspace
 
 OWNER = "owner.json"
@@ -39,7 +40,7 @@ LIFE = 90.0
 def held(workspace: Workspace, job: str) -> Iterator[None]:
     """Inside, this process alone writes to the workspace.
 
-    Raises `ValueError` when another run does, or when nothing can be written there.
+    Raises `UserError` when another run does, or when nothing can be written there.
     """
     with workspace.reached():
         owner = take(workspace, job)
@@ -56,7 +57,7 @@ def held(workspace: Workspace, job: str) -> Iterator[None]:
 
 
 def take(workspace: Workspace, job: str) -> dict[str, Any]:
-    """Become the owner. Raises `ValueError` when another run is, and lives."""
+    """Become the owner. Raises `UserError` when another run is, and lives."""
     if earlier := read(workspace):
         wait_for_the_end_of(earlier, workspace)
     me = psutil.Process()
@@ -75,15 +76,15 @@ def take(workspace: Workspace, job: str) -> dict[str, Any]:
         time.sleep(BEAT / 10)
     now = read(workspace)
     if now is None or now["token"] != owner["token"]:
-        raise ValueError(refusal(workspace, now or owner))
+        raise UserError(refusal(workspace, now or owner))
     return owner
 
 
 def wait_for_the_end_of(owner: dict[str, Any], workspace: Workspace) -> None:
-    """Returns when `owner` is gone. Raises `ValueError` as soon as it is known to live."""
+    """Returns when `owner` is gone. Raises `UserError` as soon as it is known to live."""
     if owner["host"] == this_host():
         if process_lives(owner):
-            raise ValueError(refusal(workspace, owner))
+            raise UserError(refusal(workspace, owner))
         return
     print(f"{workspace.location} was {described(owner)}: waiting for a sign of life, {LIFE:.0f} s at most", flush=True)
     deadline = time.monotonic() + LIFE
@@ -93,7 +94,7 @@ def wait_for_the_end_of(owner: dict[str, Any], workspace: Workspace) -> None:
         if now is None:
             return
         if now != owner:
-            raise ValueError(refusal(workspace, now))
+            raise UserError(refusal(workspace, now))
 
 
 def beat(workspace: Workspace, owner: dict[str, Any], done: threading.Event) -> None:

@@ -26,6 +26,7 @@ from ray.util.metrics import Gauge
 from ip2p.cli import load_settings, read_recipe
 from ip2p.edit.editor import Editor, EditRequest
 from ip2p.edit.editors import SHIPPED, available, load_editor, version_folder
+from ip2p.errors import UserError
 from ip2p.recipe import Recipe, locate
 from ip2p.workspace import Workspace
 from runtime.connect import connect
@@ -173,7 +174,7 @@ class ApplicationArgs(BaseModel):
 def build(args: ApplicationArgs) -> Application:
     """The application for a Serve config file (`import_path: serve.app:build`), whose deployments say what it needs.
 
-    Raises `ValueError` when the recipe is wrong, or there is no editor to serve, or no key.
+    Raises `UserError` when the recipe is wrong, or there is no editor to serve, or no key.
     """
     recipe, workspace = read_recipe(args.recipe), Workspace(args.workspace) if args.workspace else None
     return application(recipe, workspace, None if args.open else read_keys(args.keys))
@@ -182,13 +183,13 @@ def build(args: ApplicationArgs) -> Application:
 def application(
     recipe: Recipe, workspace: Workspace | None, keys: list[Key] | None, engine_resources: dict[str, Any] | None = None
 ) -> Application:
-    """The ingress and its engines. keys None: open. Raises `ValueError` when there is no editor to serve."""
+    """The ingress and its engines. keys None: open. Raises `UserError` when there is no editor to serve."""
     settings = recipe.serve
     main = settings.version or available(workspace)[0]
     versions = {main: EditService.name}  # by the name of its deployment
     if settings.canary:
         if settings.canary.version == main:
-            raise ValueError(f"serve.canary.version: {main!r} is served to all already; name another version")
+            raise UserError(f"serve.canary.version: {main!r} is served to all already; name another version")
         versions[settings.canary.version] = f"{EditService.name}Canary"
     engine = EditService.options(
         max_ongoing_requests=2 * settings.batch_size,  # the next are there when places get free
@@ -220,7 +221,7 @@ def autoscaling(recipe: Recipe) -> AutoscalingConfig:
 
 def label(recipe: Recipe, workspace: Workspace | None, version: str) -> str:
     """The version, with a hash of its files' sizes and times where it is a workspace's: one that has been trained anew
-    is another, so Serve replaces the engines. Raises `ValueError`, naming the key, when it is not there.
+    is another, so Serve replaces the engines. Raises `UserError`, naming the key, when it is not there.
     """
     if version == SHIPPED:
         locate(recipe.models.editor.path, "models.editor.path")
@@ -228,7 +229,7 @@ def label(recipe: Recipe, workspace: Workspace | None, version: str) -> str:
     folder = version_folder(version)
     if workspace is None or not workspace.exists(*folder, "model_index.json"):
         where = f"{workspace.location}/{'/'.join(folder)}" if workspace else "there is no workspace"
-        raise ValueError(f"serve.version {version!r}: no editor in {where}; jobs.train writes one")
+        raise UserError(f"serve.version {version!r}: no editor in {where}; jobs.train writes one")
     infos = workspace.fs.get_file_info(FileSelector(workspace.path(*folder), recursive=True))
     facts = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.type == FileType.File)
     return f"{version}@{hashlib.blake2b(repr(facts).encode(), digest_size=4).hexdigest()}"
@@ -237,10 +238,10 @@ def label(recipe: Recipe, workspace: Workspace | None, version: str) -> str:
 def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int, keys: list[Key] | None = None) -> None:
     """Start the endpoint on the Ray that runs, or on a local one, or change it; returns when it is ready.
 
-    keys None: open, which only a loopback address may be. Raises `ValueError`.
+    keys None: open, which only a loopback address may be. Raises `UserError`.
     """
     if keys is None and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
-        raise ValueError(f"--open serves this machine alone: --host 127.0.0.1, not {host}; or give --keys")
+        raise UserError(f"--open serves this machine alone: --host 127.0.0.1, not {host}; or give --keys")
     connect()
     gpu = recipe.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     resources = {"num_gpus": 1} if gpu else {"num_cpus": 1}

@@ -17,6 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from ip2p import images
 from ip2p.edit.editor import EditRequest
+from ip2p.errors import UserError
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
 from serve import feedback
@@ -187,7 +188,7 @@ class Front:
 
         try:
             return await self.in_thread(decode)
-        except ValueError as error:
+        except UserError as error:
             raise RefusedError(f"{param}: {error}", 400, param=param) from error
 
     async def finish(
@@ -290,7 +291,7 @@ class Front:
             cause = getattr(error, "cause", None)
             if isinstance(cause, LateError):
                 raise _late() from error
-            if isinstance(cause, ValueError):
+            if isinstance(cause, UserError):
                 raise RefusedError(str(cause), 400, param=param) from error
             if isinstance(cause, TRANSIENT):
                 raise cause from error

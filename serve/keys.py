@@ -22,6 +22,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
+from ip2p.errors import UserError
 from ip2p.recipe import Positive, Section
 
 VARIABLE = "IP2P_SERVE_KEYS"
@@ -40,25 +41,25 @@ KEYS = TypeAdapter(Annotated[list[Key], Field(min_length=1)])
 
 
 def read_keys(path: str | None) -> list[Key]:
-    """The keys in the file at `path`, or without one in IP2P_SERVE_KEYS. Raises `ValueError` that names the problem."""
+    """The keys in the file at `path`, or without one in IP2P_SERVE_KEYS. Raises `UserError` that names the problem."""
     source = path or f"${VARIABLE}"
     try:
         text = Path(path).read_text() if path else os.environ.get(VARIABLE, "")
     except OSError as error:
-        raise ValueError(f"--keys {path}: {error}") from error
+        raise UserError(f"--keys {path}: {error}") from error
     if not text:
-        raise ValueError(
+        raise UserError(
             f"the endpoint has no keys: name a file with --keys (`keys` of a Serve config), or put its text into "
             f"{VARIABLE}; `python -m serve.keys NAME` makes one; --open (`open: true`) serves this machine without any"
         )
     try:
         keys = KEYS.validate_python(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     for what in ("name", "sha256"):
         values = [getattr(key, what) for key in keys]
         if twice := {value for value in values if values.count(value) > 1}:
-            raise ValueError(f"{source}: {what} {min(twice)!r} is there twice")
+            raise UserError(f"{source}: {what} {min(twice)!r} is there twice")
     return keys
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 
+from ip2p.errors import UserError
 from ip2p.recipe import FileCaptions, HubCaptions, locate
 from ip2p.workspace import Workspace
 
@@ -38,7 +39,7 @@ def list_files(source: Workspace) -> list[str]:
     Names that begin with `_` or `.` are what other programs leave beside data, and are passed over.
     """
     if not source.exists():
-        raise ValueError(f"captions.path: there is nothing at {source.location!r}")
+        raise UserError(f"captions.path: there is nothing at {source.location!r}")
     if source.fs.get_file_info(source.root).is_file:
         files = [source.root]
     else:
@@ -47,7 +48,7 @@ def list_files(source: Workspace) -> list[str]:
     if len(formats) != 1 or "" in formats:
         odd = next((file for file in files if not _format(file)), None)
         what = f"{odd} is none" if odd else f"there are {' and '.join(sorted(formats)) or 'none'}"
-        raise ValueError(
+        raise UserError(
             f"captions.path: {source.location!r} should hold files of one format, {', '.join(ENDINGS)} (or these with "
             f".gz, but for parquet); {what}: name a file, or a folder with such files alone"
         )
@@ -75,13 +76,13 @@ def _arrow_captions(source: Workspace, file: str, column: str) -> Iterator[str]:
         held = table.schema.field(column).type
         text = held.value_type if pa.types.is_dictionary(held) else held
         if not (pa.types.is_string(text) or pa.types.is_large_string(text) or pa.types.is_string_view(text)):
-            raise ValueError(f"captions.column: {column!r} of {file} holds {held}, not text")
+            raise UserError(f"captions.column: {column!r} of {file} holds {held}, not text")
         # As bytes: pyarrow does not look whether a parquet file's text is UTF-8, and fails on a whole batch.
         raw = {column: pads.field(column).cast(pa.large_binary())}
         for batch in table.to_batches(columns=raw, batch_size=ROWS_PER_BATCH):
             yield from ((caption or b"").decode(errors="replace") for caption in batch[column].to_pylist())
     except pa.ArrowInvalid as error:
-        raise ValueError(f"captions.path: {file} cannot be read: {error}") from error
+        raise UserError(f"captions.path: {file} cannot be read: {error}") from error
 
 
 def _jsonl_captions(source: Workspace, file: str, column: str) -> Iterator[str]:
@@ -95,11 +96,11 @@ def _jsonl_captions(source: Workspace, file: str, column: str) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(
+                raise UserError(
                     f"captions.path: line {number} of {file} is not JSON ({error}): one object a line, each in one line"
                 ) from error
             if not isinstance(row, dict):
-                raise ValueError(f"captions.path: line {number} of {file} is not a JSON object")
+                raise UserError(f"captions.path: line {number} of {file} is not a JSON object")
             if not checked:
                 _check_column(column, list(row), file)
                 checked = True
@@ -121,7 +122,7 @@ def hub_captions(captions: HubCaptions) -> Iterator[str]:
         )
         names = rows.column_names or list(next(iter(rows), {}))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"captions.path: cannot read split {captions.split!r} of the dataset {captions.path!r}: {error}; check "
             "captions.path (owner/name), captions.split and captions.revision, and that this machine reaches the hub; "
             "without one, copy the dataset's files here and name them: captions.kind files, captions.path their folder"
@@ -134,7 +135,7 @@ def hub_captions(captions: HubCaptions) -> Iterator[str]:
 
 def _check_column(column: str, names: list[str], place: str) -> None:
     if column not in names:
-        raise ValueError(f"captions.column: {column!r} is not in {place}, {', '.join(map(str, names))} are")
+        raise UserError(f"captions.column: {column!r} is not in {place}, {', '.join(map(str, names))} are")
 
 
 def _text(value: Any, column: str, place: str) -> str:
@@ -143,6 +144,6 @@ def _text(value: Any, column: str, place: str) -> str:
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     if not isinstance(value, str):
-        raise ValueError(f"captions.column: {column!r} in {place} holds a {type(value).__name__}, not text")
+        raise UserError(f"captions.column: {column!r} in {place} holds a {type(value).__name__}, not text")
     # JSON can escape half a character ("\ud83d"), which nothing can write.
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -10,6 +10,7 @@ from typing import IO, NamedTuple
 
 from ip2p.captions.edit_types import EDIT_TYPES
 from ip2p.captions.parse import MAX_INSTRUCTION_WORDS, MIN_SHARED_WORDS, shared_words
+from ip2p.errors import UserError
 
 PATH = Path(__file__).with_name("triplets.jsonl")
 
@@ -49,12 +50,12 @@ def _triplet(line: str | bytes, where: str) -> Triplet:
     try:
         values = json.loads(line)
     except ValueError as error:  # UnicodeDecodeError is one, too
-        raise ValueError(f"{where}: not JSON ({error}); write one object a line") from error
+        raise UserError(f"{where}: not JSON ({error}); write one object a line") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: {values!r} is not an object; write one with the keys {', '.join(SPELLINGS)}")
+        raise UserError(f"{where}: {values!r} is not an object; write one with the keys {', '.join(SPELLINGS)}")
     edit_type = values.get("edit_type")
     if not isinstance(edit_type, str | None):
-        raise ValueError(f"{where}: edit_type is {edit_type!r}; make it a text or leave it out")
+        raise UserError(f"{where}: edit_type is {edit_type!r}; make it a text or leave it out")
     caption, instruction, edited_caption = (_text(values, spellings, where) for spellings in SPELLINGS.values())
     return Triplet(caption, instruction, edited_caption, edit_type)
 
@@ -63,9 +64,9 @@ def _text(values: dict, spellings: tuple[str, ...], where: str) -> str:
     keys = [key for key in spellings if key in values]
     if len(keys) != 1:
         fault = f"{' and '.join(keys)} say the same" if keys else f"{spellings[0]} is missing"
-        raise ValueError(f"{where}: {fault}; give one of {', '.join(spellings)}")
+        raise UserError(f"{where}: {fault}; give one of {', '.join(spellings)}")
     if not isinstance(values[keys[0]], str):
-        raise ValueError(f"{where}: {keys[0]} is {values[keys[0]]!r}; make it a text")
+        raise UserError(f"{where}: {keys[0]} is {values[keys[0]]!r}; make it a text")
     return " ".join(values[keys[0]].split())
 
 

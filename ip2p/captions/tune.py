@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ip2p.captions.prompt import answer, tuned_prompt
 from ip2p.captions.triplets import Triplet, problems
+from ip2p.errors import UserError
 from ip2p.models import load_language_model
 from ip2p.recipe import Recipe, Tune
 from ip2p.records import digest
@@ -19,7 +20,7 @@ from ip2p.records import digest
 def usable(triplets: Sequence[Triplet], names_type: bool) -> list[Triplet]:
     """Those that can be trained on, each once.
 
-    Raises `ValueError`, with the first three faults, when a tenth of them or more can't: then the file is the fault.
+    Raises `UserError`, with the first three faults, when a tenth of them or more can't: then the file is the fault.
     """
     good: list[Triplet] = []
     bad: list[str] = []
@@ -33,7 +34,7 @@ def usable(triplets: Sequence[Triplet], names_type: bool) -> list[Triplet]:
             good.append(triplet)
     if 10 * len(bad) >= len(triplets):
         said = "; ".join(bad[:3]) or "the file is empty"
-        raise ValueError(f"tune.triplets: {len(bad)} of {len(triplets)} can't be trained on ({said})")
+        raise UserError(f"tune.triplets: {len(bad)} of {len(triplets)} can't be trained on ({said})")
     return list(dict.fromkeys(good))
 
 
@@ -42,7 +43,7 @@ def split(triplets: Sequence[Triplet], settings: Tune) -> tuple[list[Triplet], l
     order = sorted({triplet.caption for triplet in triplets}, key=lambda caption: digest("tune", caption))
     held_out = set(order[: max(1, round(settings.validation_fraction * len(order)))])
     if len(held_out) == len(order):
-        raise ValueError("tune.triplets: they are all of one caption; none is left to train on when it is held out")
+        raise UserError("tune.triplets: they are all of one caption; none is left to train on when it is held out")
     return (
         [triplet for triplet in triplets if triplet.caption not in held_out],
         [triplet for triplet in triplets if triplet.caption in held_out],

@@ -12,6 +12,8 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from torch import Tensor
 
+from ip2p.errors import UserError
+
 Solver = Literal["ddim", "euler", "euler_ancestral", "dpmsolver++"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -45,7 +47,7 @@ class NoiseSchedule:
         given = {key: value for key, value in config.items() if key not in defaults}
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in get_args(Prediction):
-            raise ValueError(f"prediction_type {prediction!r}: must be one of {', '.join(get_args(Prediction))}")
+            raise UserError(f"prediction_type {prediction!r}: must be one of {', '.join(get_args(Prediction))}")
         return cls(
             alpha_bar=alphas_cumprod.double().cpu().numpy(),
             prediction=prediction,
@@ -66,12 +68,10 @@ class Levels:
 
 
 def noise_levels(schedule: NoiseSchedule, solver: Solver, steps: int) -> Levels:
-    """Raises `ValueError` for a number of steps outside 1..T-1."""
+    """Raises `UserError` for a number of steps outside 1..T-1."""
     trained = len(schedule.alpha_bar)
     if not 1 <= steps < trained:
-        raise ValueError(
-            f"steps {steps}: must be at least 1 and below {trained}, the timesteps of the model's training"
-        )
+        raise UserError(f"steps {steps}: must be at least 1 and below {trained}, the timesteps of the model's training")
     if solver == "ddim":
         return _ddim_levels(schedule, steps)
     return _sigma_levels(schedule, steps, whole=solver == "dpmsolver++")
@@ -80,7 +80,7 @@ def noise_levels(schedule: NoiseSchedule, solver: Solver, steps: int) -> Levels:
 def start_step(steps: int, strength: float) -> int:
     """First step when an image is noised by `strength` in (0, 1] (SDEdit): 1 starts from noise alone (step 0)."""
     if not 0 < strength <= 1:
-        raise ValueError(f"strength {strength}: must be above 0 and at most 1")
+        raise UserError(f"strength {strength}: must be above 0 and at most 1")
     return steps - max(int(steps * strength), 1)
 
 
@@ -92,7 +92,7 @@ def spaced_timesteps(trained: int, steps: int, spacing: Spacing, offset: int) ->
         return np.arange(steps)[::-1] * float(trained // steps) + offset
     if spacing == "trailing":
         return np.arange(trained, 0, -trained / steps)[:steps].round() - 1
-    raise ValueError(f"timestep_spacing {spacing!r}: must be one of {', '.join(get_args(Spacing))}")
+    raise UserError(f"timestep_spacing {spacing!r}: must be one of {', '.join(get_args(Spacing))}")
 
 
 def _ddim_levels(schedule: NoiseSchedule, steps: int) -> Levels:
@@ -124,7 +124,7 @@ def _sigma_levels(schedule: NoiseSchedule, steps: int, whole: bool) -> Levels:
 
 def _within(timesteps: np.ndarray, trained: int, schedule: NoiseSchedule) -> np.ndarray:
     if timesteps.max() >= trained:
-        raise ValueError(
+        raise UserError(
             f"steps {len(timesteps)} with steps_offset {schedule.steps_offset} reach timestep {timesteps.max():g} of a "
             f"model trained with {trained}: ask for fewer steps, or set the scheduler's timestep_spacing to trailing"
         )

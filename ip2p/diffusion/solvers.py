@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ip2p.diffusion.schedule import NoiseSchedule, Solver, noise_levels
+from ip2p.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def plan(schedule: NoiseSchedule, solver: Solver, steps: int) -> Plan:
-    """Raises `ValueError` for an unknown solver and for impossible `steps`."""
+    """Raises `UserError` for an unknown solver and for impossible `steps`."""
     if solver not in get_args(Solver):
-        raise ValueError(f"solver {solver!r}: must be one of {', '.join(get_args(Solver))}")
+        raise UserError(f"solver {solver!r}: must be one of {', '.join(get_args(Solver))}")
     levels = noise_levels(schedule, solver, steps)
     alpha, sigma = np.sqrt(levels.alpha_bar), np.sqrt(1 - levels.alpha_bar)
     alpha_to, sigma_to = np.sqrt(levels.alpha_bar_to), np.sqrt(1 - levels.alpha_bar_to)

@@ -13,6 +13,7 @@ from ip2p import images
 from ip2p.diffusion.engine import Conditioning, Engine, Trajectory
 from ip2p.diffusion.guidance import edit_weights
 from ip2p.diffusion.schedule import NoiseSchedule, Solver
+from ip2p.errors import UserError
 from ip2p.models import TextToImage
 
 TEXTS_KEPT = 256
@@ -40,7 +41,7 @@ class EditRequest:
         assert self.image.dtype == np.uint8 and self.image.ndim == 3 and self.image.shape[2] == 3, self.image.shape
         for key in ("guidance_scale", "image_guidance_scale"):
             if not isfinite(getattr(self, key)):
-                raise ValueError(f"{key} {getattr(self, key)}: must be a finite number, usually 1 to 15")
+                raise UserError(f"{key} {getattr(self, key)}: must be a finite number, usually 1 to 15")
 
 
 class Editor:
@@ -54,7 +55,7 @@ class Editor:
 
     def __init__(self, model: TextToImage, batch_size: int = 8, max_side: int | None = None) -> None:
         if not model.is_editor:
-            raise ValueError(
+            raise UserError(
                 f"the UNet reads {model.unet.config['in_channels']} channels, so it is no editor, which reads "
                 f"{2 * model.latent_channels}: give the model/ that jobs.train writes"
             )
@@ -65,7 +66,7 @@ class Editor:
         self.multiple = model.downsampling * 2 ** (len(model.unet.config["block_out_channels"]) - 1)
         self.max_side = max_side or model.unet.config["sample_size"] * model.downsampling
         if self.max_side < self.multiple:
-            raise ValueError(f"max_side {self.max_side}: this model needs at least {self.multiple} pixels a side")
+            raise UserError(f"max_side {self.max_side}: this model needs at least {self.multiple} pixels a side")
         self._texts: dict[str, Tensor] = {}
 
     def fit(self, image: np.ndarray) -> np.ndarray:
@@ -121,7 +122,7 @@ class Editor:
         """Edited images, uint8 (H, W, 3), in order, each of the size of its request's image.
 
         `progress` is told how many denoising steps have just been made; there are sum(r.steps) of them.
-        Raises `ValueError` for steps or a solver that the model's schedule can't do.
+        Raises `UserError` for steps or a solver that the model's schedule can't do.
         """
         results: dict[int, np.ndarray] = {}
         for indices in self._by_shape(requests):

@@ -26,7 +26,7 @@ def version_folder(name: str) -> tuple[str, ...]:
 def load_editor(recipe: Recipe, workspace: Workspace | None, name: str) -> TextToImage:
     """Load one of `available`, of `evaluate.models`, or of the workspace's versions/; one in a bucket is fetched first.
 
-    Raises `ValueError` when it is not there or no editor.
+    Raises `UserError` when it is not there or no editor.
     """
     if name == SHIPPED:
         return load_text_to_image(recipe.models.editor, None, recipe.device, "models.editor")

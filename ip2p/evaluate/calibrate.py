@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from ip2p.errors import UserError
 from ip2p.evaluate.bootstrap import Estimate, by_case, estimate
 from ip2p.pairs.filter import ACCEPTED, quality, verdict
 from ip2p.recipe import Pairs, Quality, Thresholds
@@ -55,13 +56,13 @@ def calibrate(candidates: Sequence[dict], present: Pairs, min_recall: float) -> 
     """
     right = sum(row["success"] for row in candidates)
     if right in (0, len(candidates)):
-        raise ValueError(f"{right} of {len(candidates)} candidates are right: a choice needs both kinds")
+        raise UserError(f"{right} of {len(candidates)} candidates are right: a choice needs both kinds")
     halves: list[list[dict]] = [[], []]
     for row in candidates:
         halves[digest("calibrate", row["caption_id"]) % 2].append(row)
 
     if any(len({row["success"] for row in half}) < 2 for half in halves):
-        raise ValueError("one half of the captions has right candidates alone, or wrong ones: judge more captions")
+        raise UserError("one half of the captions has right candidates alone, or wrong ones: judge more captions")
 
     def on_others(choose: Callable[[Sequence[dict]], Pairs]) -> list[dict]:
         return mark(halves[1], choose(halves[0])) + mark(halves[0], choose(halves[1]))

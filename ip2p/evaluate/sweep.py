@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from ip2p.edit.editors import EDITORS, SHIPPED, WORKSPACE
+from ip2p.errors import UserError
 from ip2p.miniature.oracle import ATTRIBUTES
 from ip2p.recipe import Recipe, locate
 from ip2p.records import digest
@@ -148,12 +149,12 @@ def _edit(
 
 
 def check_others(recipe: Recipe) -> None:
-    """Raises `ValueError`, naming the key, for an editor of `evaluate.models` that is not there, or a name taken."""
+    """Raises `UserError`, naming the key, for an editor of `evaluate.models` that is not there, or a name taken."""
     for name, other in recipe.evaluate.models.items():
         key = f"evaluate.models.{name}"
         if name in (WORKSPACE, SHIPPED, UNCHANGED, *SDEDITS):
-            raise ValueError(f"{key}: the name is taken, choose another one")
+            raise UserError(f"{key}: the name is taken, choose another one")
         if other.path is not None:
             locate(other.path, f"{key}.path")
         elif other.workspace is not None and not Workspace(other.workspace).done("model"):
-            raise ValueError(f"{key}.workspace: {other.workspace} has no trained model; run jobs.train on it")
+            raise UserError(f"{key}.workspace: {other.workspace} has no trained model; run jobs.train on it")

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ip2p import images
+from ip2p.errors import UserError
 from ip2p.evaluate.sweep import TEST
 from ip2p.miniature.edits import EDIT_KINDS
 from ip2p.miniature.oracle import Judgement, judge_images
@@ -26,7 +27,7 @@ KINDS = sorted(EDIT_KINDS, key=lambda kind: kind not in ("background", "look", "
 def test_set(recipe: Recipe, workspace: Workspace) -> pa.Table:
     """The fixed test cases of a recipe, columns TEST: `evaluate.images` of them, or all that a small dataset has.
 
-    Raises `ValueError` when the workspace has no held-out pairs.
+    Raises `UserError` when the workspace has no held-out pairs.
     """
     return rendered_cases(recipe) if recipe.truth == "oracle" else dataset_cases(recipe, workspace)
 
@@ -34,11 +35,11 @@ def test_set(recipe: Recipe, workspace: Workspace) -> pa.Table:
 def rendered_cases(recipe: Recipe) -> pa.Table:
     """Held-out scenes with an edit of each kind in turn, in unseen wordings; the images are rendered.
 
-    As in the pairs, captions may leave the background or the places unsaid. Raises `ValueError` for an unknown kind.
+    As in the pairs, captions may leave the background or the places unsaid. Raises `UserError` for an unknown kind.
     """
     kinds = recipe.evaluate.kinds or KINDS
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"evaluate.kinds: {unknown[0]!r} is no kind of edit; choose of {', '.join(KINDS)}")
+        raise UserError(f"evaluate.kinds: {unknown[0]!r} is no kind of edit; choose of {', '.join(KINDS)}")
     rng = random.Random(digest("test", recipe.seed))
     cases: dict[str, dict] = {}
     while len(cases) < recipe.evaluate.images:
@@ -63,7 +64,7 @@ def dataset_cases(recipe: Recipe, workspace: Workspace) -> pa.Table:
     ]
     table = next((split for split in splits if split.num_rows), None)  # an exported split may be empty
     if table is None:
-        raise ValueError(
+        raise UserError(
             "no held-out pairs to evaluate on: set dataset.validation_fraction or dataset.test_fraction above 0 and "
             f"export the dataset of {workspace.location} again"
         )
@@ -82,17 +83,17 @@ def dataset_cases(recipe: Recipe, workspace: Workspace) -> pa.Table:
 def chosen_case(chosen: ChosenImage) -> pa.Table:
     """The image and instruction of `evaluate.chosen` as a table of TEST, without captions and ground truth.
 
-    Raises `ValueError` when the image is not there or can't be read.
+    Raises `UserError` when the image is not there or can't be read.
     """
     file, key = Workspace(chosen.image), f"evaluate.chosen.image: {chosen.image!r}"
     if not file.fs.get_file_info(file.root).is_file:
-        raise ValueError(f"{key} is no file")
+        raise UserError(f"{key} is no file")
     with file.fs.open_input_file(file.root) as stream:
         data = stream.read()
     try:
         images.decode(data)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     name = f"{digest('chosen', data.hex(), chosen.instruction):016x}"
     case = {"caption_id": name, "instruction": chosen.instruction, "original_image": data}
     return pa.Table.from_pylist([case], schema=TEST)

@@ -73,7 +73,7 @@ class _Draw:
 class PairGenerator:
     """Loads the models once; called with batches of rows of `instructions/`, gives rows of `pairs/`, one for one.
 
-    Raises `ValueError` for models that can't be loaded and for an image size that they don't have.
+    Raises `UserError` for models that can't be loaded and for an image size that they don't have.
     """
 
     def __init__(self, recipe: Recipe):

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ip2p.errors import UserError
 from ip2p.records import digest
 from ip2p.report.page import template
 from ip2p.report.pictures import pair_view
@@ -18,7 +19,7 @@ def write_sheet(workspace: Workspace, count: int) -> dict[str, int]:
     """Write `pairs.html` into the workspace, up to `count` pairs of either kind; returns how many of each it shows.
 
     Files are read in the order of a hash until there are enough, so a huge workspace costs no more than a small one,
-    and a job may still be writing. Raises `ValueError` when there is nothing to show yet.
+    and a job may still be writing. Raises `UserError` when there is nothing to show yet.
     """
     accepted: list[dict] = []
     rejected: list[dict] = []
@@ -28,7 +29,7 @@ def write_sheet(workspace: Workspace, count: int) -> dict[str, int]:
         if min(len(accepted), len(rejected)) >= count:
             break
     if not accepted and not rejected:
-        raise ValueError(f"{workspace.uri('pairs')} holds no pairs yet: run jobs.generate_pairs, or wait for its first")
+        raise UserError(f"{workspace.uri('pairs')} holds no pairs yet: run jobs.generate_pairs, or wait for its first")
     shown = {"accepted": accepted[:count], "rejected": rejected[:count]}
     with workspace.open_out("pairs.html") as file:
         file.write(render(workspace, shown).encode())

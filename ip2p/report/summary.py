@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from ip2p.errors import UserError
 from ip2p.evaluate.bootstrap import Estimate, Trend, auc, by_case, difference, estimate, trend
 from ip2p.evaluate.calibrate import MIN_RECALL, Calibration, calibrate, judged_candidates
 from ip2p.evaluate.judge import MARKS
@@ -323,7 +324,7 @@ def summarize_calibration(recipe: Recipe, workspace: Workspace) -> Calibration |
         return None
     try:
         return calibrate(judged_candidates(workspace), recipe.pairs, MIN_RECALL)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from ip2p import images
+from ip2p.errors import UserError
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe
 from ip2p.records import caption_id, digest, split_of
@@ -103,7 +104,7 @@ class PairEncoder:
         ids = self.ids(row)
         try:
             pair = [images.decode(row[key]["bytes"]) for key in ("original_image", "edited_image")]
-        except ValueError as error:
+        except UserError as error:
             return ids | {"status": "failed", "reason": str(error)}
         # Only the instruction reaches the model: a side named by a caption alone does not forbid the mirror.
         flip = self.recipe.flip and not names_a_side(row["edit_prompt"])

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ip2p.errors import UserError
 from ip2p.records import digest
 
 INDEX = ["pair_id", "caption_id", "split", "status", "shape", "token_ids"]
@@ -74,7 +75,7 @@ def lay_out(
         captions_kept = some_captions(index["caption_id"].to_pylist(), fraction, seed)
         index = index.filter(pc.field("caption_id").isin(sorted(captions_kept)))
     if not index.num_rows:
-        raise ValueError(f"no {split} pair: the dataset is empty or none of its images could be read")
+        raise UserError(f"no {split} pair: the dataset is empty or none of its images could be read")
     shapes = np.array(index["shape"].to_pylist())
     views, latent_shape = shapes[:, 0], tuple(shapes[0, 1:].tolist())
     assert (shapes[:, 1:] == latent_shape).all()

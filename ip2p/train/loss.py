@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from ip2p.errors import UserError
+
 
 def stratified_timesteps(u: Tensor, places: Tensor, batch_size: int, train_timesteps: int) -> Tensor:
     """(B,) int64 timesteps in [0, train_timesteps): the sample in place i of a batch falls into the i-th of its equal
@@ -31,7 +33,7 @@ def prediction_target(prediction_type: str, latents: Tensor, noise: Tensor, alph
     if prediction_type == "v_prediction":
         abar = alphas_cumprod.view(-1, 1, 1, 1)
         return abar.sqrt() * noise - (1 - abar).sqrt() * latents
-    raise ValueError(f"prediction_type {prediction_type!r} of the base model: 'epsilon' or 'v_prediction' is supported")
+    raise UserError(f"prediction_type {prediction_type!r} of the base model: 'epsilon' or 'v_prediction' is supported")
 
 
 # w = min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v;  SNR = abar / (1 - abar)

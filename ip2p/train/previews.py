@@ -7,6 +7,7 @@ import numpy as np
 
 from ip2p import images
 from ip2p.edit.editor import Editor, EditRequest
+from ip2p.errors import UserError
 from ip2p.models import TextToImage
 from ip2p.recipe import Recipe
 from ip2p.train.encode import square
@@ -17,7 +18,7 @@ def is_readable(row: dict[str, Any]) -> bool:
     try:
         for key in ("original_image", "edited_image"):
             images.decode(row[key]["bytes"])
-    except ValueError:
+    except UserError:
         return False
     return True
 

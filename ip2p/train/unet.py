@@ -5,6 +5,8 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
+from ip2p.errors import UserError
+
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -22,7 +24,7 @@ def widen_conv_in(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     if reads == 2 * channels:
         return unet
     if reads != channels:
-        raise ValueError(
+        raise UserError(
             f"cannot train an editor from a UNet with {reads} input and {channels} output channels: "
             f"expected {channels} (text-to-image) or {2 * channels} (editor) input channels"
         )

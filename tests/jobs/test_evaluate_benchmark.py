@@ -3,7 +3,6 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.report.test_page import Page, read
 
 from ip2p.edit.editors import SHIPPED
 from ip2p.evaluate.benchmark.layouts import BENCHMARK, MULTI, SINGLE, benchmark_files, detect
@@ -15,6 +14,7 @@ from ip2p.workspace import Workspace
 from jobs import evaluate_benchmark
 from tests.evaluate.benchmark.synthetic_benchmarks import EMU_EDIT, emu_edit_row, magicbrush_row, write
 from tests.evaluate.synthetic import make_recipe
+from tests.report.test_page import Page, read
 
 TURNS = [("1", 1), ("2", 2), ("2", 1), ("3", 1), ("1", 2), ("1", 3)]
 

@@ -1,11 +1,11 @@
 import pyarrow.parquet as pq
 import pytest
-from tests.report.test_page import Page
 
 from ip2p.report.contact_sheet import write_sheet
 from ip2p.workspace import Workspace
 from jobs import show_pairs
 from tests.evaluate.synthetic import make_recipe, make_workspace
+from tests.report.test_page import Page
 
 
 @pytest.fixture(scope="module")

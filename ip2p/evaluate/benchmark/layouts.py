@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ip2p.errors import UserError
 from ip2p.workspace import Workspace
 
 # target_img is null where the benchmark has none; so are captions. reason: why the row can't be used, "" when it can.
@@ -101,21 +102,21 @@ CAPTIONS = ("input_caption", "output_caption")  # Emu Edit has them; to MagicBru
 
 
 def benchmark_files(source: Workspace) -> list[str]:
-    """The parquet files of a benchmark, which is one or a folder of them. Raises `ValueError` when there are none."""
+    """The parquet files of a benchmark, which is one or a folder of them. Raises `UserError` when there are none."""
     if source.fs.get_file_info(source.root).is_file:
         return [source.root]
     files = [path for path in source.files() if path.endswith(".parquet")]
     if not files:
-        raise ValueError(f"benchmark: there is no *.parquet in {source.location!r}: name the folder that holds them")
+        raise UserError(f"benchmark: there is no *.parquet in {source.location!r}: name the folder that holds them")
     return files
 
 
 def detect(source: Workspace, files: list[str]) -> Layout:
-    """The layout that all files have. Raises `ValueError` when one of them can't be read, or has neither."""
+    """The layout that all files have. Raises `UserError` when one of them can't be read, or has neither."""
     layouts = {path: _layout_of(path, _open(source, path).schema_arrow) for path in files}
     for path, layout in layouts.items():
         if layout != layouts[files[0]]:
-            raise ValueError(
+            raise UserError(
                 f"benchmark: {files[0]} has the columns of {layouts[files[0]].name} and {path} those of {layout.name}: "
                 "evaluate one benchmark at a time"
             )
@@ -128,14 +129,14 @@ def _layout_of(path: str, schema: pa.Schema) -> Layout:
             for column in layout.images:
                 held = schema.field(column).type
                 if not pa.types.is_struct(held) or held.get_field_index("bytes") < 0:
-                    raise ValueError(
+                    raise UserError(
                         f"benchmark: column {column!r} of {path} holds {held}, not structs of bytes and path: write it "
                         "as an Image of the datasets library"
                     )
             if layout.turn and not pa.types.is_integer(held := schema.field(layout.turn).type):
-                raise ValueError(f"benchmark: column {layout.turn!r} of {path} holds {held}, not whole numbers")
+                raise UserError(f"benchmark: column {layout.turn!r} of {path} holds {held}, not whole numbers")
             return layout
-    raise ValueError(
+    raise UserError(
         f"benchmark: {path} has the columns {', '.join(schema.names)}; needed are "
         + ", or ".join(f"{', '.join(layout.required)} ({layout.name})" for layout in (MAGICBRUSH, EMU_EDIT))
     )
@@ -188,7 +189,7 @@ def _open(source: Workspace, path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(source.fs.open_input_file(path))
     except pa.ArrowInvalid as error:
-        raise ValueError(f"benchmark: {path} is no parquet file: {error}") from error
+        raise UserError(f"benchmark: {path} is no parquet file: {error}") from error
 
 
 def _turn(layout: Layout, row: dict[str, Any]) -> dict[str, Any]:

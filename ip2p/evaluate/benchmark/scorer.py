@@ -12,6 +12,7 @@ from ip2p import images
 from ip2p.clip_similarity import ClipSimilarity
 from ip2p.edit.editor import Editor, EditRequest
 from ip2p.edit.editors import load_editor
+from ip2p.errors import UserError
 from ip2p.evaluate.benchmark.layouts import CAPTIONS, RESULTS, SINGLE
 from ip2p.evaluate.edit_metrics import Picture, embed_by_dino, measure
 from ip2p.evaluate.scorer import embed_images
@@ -164,7 +165,7 @@ def _decode(turn: dict[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None,
     for name in ("source_img", "target_img"):
         try:
             read.append(images.decode(turn[name]) if turn[name] is not None else None)
-        except ValueError as error:
+        except UserError as error:
             return None, None, f"{name}: {error}"
     return read[0], read[1], ""
 
