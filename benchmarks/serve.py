@@ -39,7 +39,8 @@ from rich.table import Table
 from ip2p import images
 from ip2p.cli import load_settings
 from ip2p.edit.editor import Editor, EditRequest
-from ip2p.edit.editors import SHIPPED, load_editor
+from ip2p.edit.editors import load_editor
+from ip2p.edit.names import SHIPPED
 from ip2p.miniature.render import render
 from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import Recipe, locate

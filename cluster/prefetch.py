@@ -21,7 +21,7 @@ from ip2p.cli import load_settings
 from ip2p.errors import UserError
 from ip2p.recipe import LOCAL_CLIP, Recipe, locate
 from runtime.connect import connect
-from runtime.job import exit_statuses
+from runtime.exit import exit_statuses
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 # In the order of preference, of a folder only those of the first kind that it has.

@@ -31,7 +31,7 @@ from ip2p.errors import UserError
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace, versions
 from runtime.connect import FEWEST_CPUS, connect, gpus_to_come
-from runtime.job import exit_statuses
+from runtime.exit import exit_statuses
 
 GB = 1e9
 MAX_SKEW = 5.0  # seconds; buckets refuse a quarter of an hour, and logs and leases are read by people

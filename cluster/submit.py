@@ -25,7 +25,7 @@ from ip2p.cli import read_recipe
 from ip2p.errors import UserError
 from ip2p.recipe import REPOSITORY
 from ip2p.records import digest
-from runtime.job import exit_statuses
+from runtime.exit import exit_statuses
 from runtime.lease import SUBMISSION
 
 # What jobs do not need of the repository; .gitignore leaves out more. Packages are the image's: nothing is installed.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ip2p.edit.editors import EDITORS
+from ip2p.edit.names import EDITORS
 from ip2p.errors import UserError
 from ip2p.evaluate.sweep import SDEDITS, curve_scales, grid_scales
 from ip2p.recipe import Evaluate, Pairs, Recipe

@@ -14,7 +14,7 @@ from ip2p.evaluate.calibrate import MIN_RECALL, Calibration, calibrate, judged_c
 from ip2p.recipe import Recipe
 from ip2p.report.page import percent
 from ip2p.workspace import Workspace
-from runtime.job import exit_statuses
+from runtime.exit import exit_statuses
 
 
 class Flags(BaseModel):

@@ -16,13 +16,14 @@ from tqdm import tqdm
 from ip2p import images
 from ip2p.cli import read_recipe
 from ip2p.edit.editor import Editor, EditRequest
-from ip2p.edit.editors import available, load_editor
+from ip2p.edit.editors import load_editor
 from ip2p.edit.grid import scale_grid
+from ip2p.edit.names import available
 from ip2p.errors import UserError
 from ip2p.models import load_text_to_image
 from ip2p.recipe import ModelRef, Recipe
 from ip2p.workspace import Workspace
-from runtime.job import exit_statuses
+from runtime.exit import exit_statuses
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 BATCH_SIZE = 8

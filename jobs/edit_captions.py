@@ -33,7 +33,8 @@ from ip2p.recipe import FileCaptions, GrammarCaptions, HubCaptions, Recipe, loca
 from ip2p.records import CAPTIONS, caption_id, digest
 from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
-from runtime.job import exit_statuses, job
+from runtime.exit import exit_statuses
+from runtime.job import job
 from runtime.progress import Counted, Tally, time_left
 
 ROWS_PER_FILE = 5000

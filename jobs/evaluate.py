@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from ray.data import Dataset
 
 from ip2p.cli import load_settings
-from ip2p.edit.editors import SHIPPED, available
+from ip2p.edit.names import SHIPPED, available
 from ip2p.errors import UserError
 from ip2p.evaluate.pair_truth import PairTruth, sample_captions
 from ip2p.evaluate.scorer import EditScorer

@@ -14,7 +14,7 @@ from rich.table import Table
 from ip2p.cli import load_settings
 from ip2p.cost import Assumptions, Protocol, Stage, gpu_types, protocols, stages
 from ip2p.recipe import Recipe
-from runtime.job import exit_statuses
+from runtime.exit import exit_statuses
 
 
 class Flags(Assumptions):

@@ -16,7 +16,7 @@ from ip2p.errors import UserError
 from ip2p.pairs.export import dataset_card
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
-from runtime.job import exit_statuses
+from runtime.exit import exit_statuses
 
 NOT_SENT = ("_SUCCESS",)
 WRITTEN_BY = {"model": "jobs.train", "dataset": "jobs.export_dataset"}

@@ -2,7 +2,7 @@
 
 from ip2p.cli import load_settings
 from ip2p.report.page import write_report
-from runtime.job import exit_statuses
+from runtime.exit import exit_statuses
 
 
 def main(argv: list[str] | None = None) -> None:

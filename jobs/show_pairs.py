@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from ip2p.report.contact_sheet import write_sheet
 from ip2p.workspace import Workspace
-from runtime.job import exit_statuses
+from runtime.exit import exit_statuses
 
 
 class Settings(BaseSettings):

@@ -25,7 +25,8 @@ from ray.util.metrics import Gauge
 
 from ip2p.cli import load_settings, read_recipe
 from ip2p.edit.editor import Editor, EditRequest
-from ip2p.edit.editors import SHIPPED, available, load_editor, version_folder
+from ip2p.edit.editors import load_editor
+from ip2p.edit.names import SHIPPED, available, version_folder
 from ip2p.errors import UserError
 from ip2p.recipe import Recipe, locate
 from ip2p.workspace import Workspace

@@ -17,7 +17,7 @@ from ip2p.cost import (
     train_gb,
     train_tflop,
 )
-from ip2p.edit.editors import EDITORS
+from ip2p.edit.names import EDITORS
 from ip2p.evaluate.sweep import SDEDITS, TEST, plan_edits
 from ip2p.recipe import Adaptive, Pairs, Recipe
 from tests.evaluate.synthetic import make_recipe

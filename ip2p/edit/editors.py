@@ -1,26 +1,13 @@
-"""Where the editors lie: the one that this workspace trained, the shipped one, and others that the recipe names."""
+"""Load an editor by name: the one that this workspace trained, the shipped one, or another of the recipe."""
 
 import tempfile
 
 import pyarrow.fs as pafs
 
+from ip2p.edit.names import SHIPPED, WORKSPACE, version_folder
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import ModelRef, Precision, Recipe
 from ip2p.workspace import Workspace
-
-WORKSPACE, SHIPPED = "workspace", "shipped"
-EDITORS = (WORKSPACE, SHIPPED)  # and those of evaluate.models
-
-
-def available(workspace: Workspace | None) -> list[str]:
-    """Names of the editors that there are: that of the workspace when it has been trained, then the shipped one."""
-    trained = [WORKSPACE] if workspace is not None and workspace.done("model") else []
-    return [*trained, SHIPPED]
-
-
-def version_folder(name: str) -> tuple[str, ...]:
-    """Where an editor lies in a workspace: model/, or versions/<name>/."""
-    return ("model",) if name == WORKSPACE else ("versions", name)
 
 
 def load_editor(recipe: Recipe, workspace: Workspace | None, name: str) -> TextToImage:

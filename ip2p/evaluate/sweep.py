@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ip2p.edit.editors import EDITORS, SHIPPED, WORKSPACE
+from ip2p.edit.names import EDITORS, SHIPPED, WORKSPACE
 from ip2p.errors import UserError
 from ip2p.miniature.oracle import ATTRIBUTES
 from ip2p.recipe import Recipe, locate

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from scipy import stats
 
-from ip2p.edit.editors import WORKSPACE
+from ip2p.edit.names import WORKSPACE
 from ip2p.evaluate.bootstrap import Estimate
 from ip2p.recipe import Recipe
 from ip2p.report import charts

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ip2p import images
-from ip2p.edit.editors import EDITORS
+from ip2p.edit.names import EDITORS
 from ip2p.evaluate.pair_truth import PAIR_TRUTH
 from ip2p.evaluate.sweep import METRICS, SDEDIT, SDEDIT_INSTRUCTION, UNCHANGED, plan_edits
 from ip2p.evaluate.truth import rendered_cases

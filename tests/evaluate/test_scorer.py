@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ip2p.clip_similarity import ClipSimilarity, similarities
-from ip2p.edit.editors import SHIPPED
+from ip2p.edit.names import SHIPPED
 from ip2p.evaluate.pair_truth import PAIR_TRUTH, PairTruth, sample_captions
 from ip2p.evaluate.scorer import EditScorer
 from ip2p.evaluate.sdedit import SDEdit, SDEditRequest

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from skimage import data
 
-from ip2p.edit.editors import SHIPPED, WORKSPACE
+from ip2p.edit.names import SHIPPED, WORKSPACE
 from ip2p.evaluate.sweep import METRICS, SDEDITS, UNCHANGED
 from ip2p.images import decode
 from ip2p.recipe import ChosenImage, Judge, ModelRef, OtherEditor

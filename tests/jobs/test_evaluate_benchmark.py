@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ip2p.edit.editors import SHIPPED
+from ip2p.edit.names import SHIPPED
 from ip2p.evaluate.benchmark.layouts import BENCHMARK, MULTI, SINGLE, benchmark_files, detect
 from ip2p.evaluate.benchmark.scorer import BenchmarkScorer
 from ip2p.evaluate.sweep import UNCHANGED

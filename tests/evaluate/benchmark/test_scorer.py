@@ -4,7 +4,8 @@ import pytest
 
 from ip2p.clip_similarity import ClipSimilarity, similarities
 from ip2p.edit.editor import Editor, EditRequest
-from ip2p.edit.editors import SHIPPED, load_editor
+from ip2p.edit.editors import load_editor
+from ip2p.edit.names import SHIPPED
 from ip2p.evaluate.benchmark.layouts import (
     EMU_EDIT,
     MAGICBRUSH,
