@@ -42,7 +42,7 @@ from ip2p.models import TextToImage
 from ip2p.recipe import Recipe
 from ip2p.records import DATASET, caption_id
 from ip2p.train.encode import PairEncoder, encode_pairs, token_ids
-from ip2p.train.latents import Batch, LatentPairs, lay_out, sample_indices, share
+from ip2p.train.latents import Batch, LatentPairs, sample_indices, share, write_local_cache
 from ip2p.workspace import Workspace
 from jobs import train as job
 
@@ -149,7 +149,7 @@ def loop_rate(recipe: Recipe, flags: Flags, rows: list[dict[str, Any]], ahead: b
         latents = PairEncoder(recipe)(pa.Table.from_pylist([row | path for row in rows]))
         folder = Path(tempfile.mkdtemp())
         pq.write_table(latents, folder / "latents.parquet")
-        lay_out(LocalFileSystem(), [str(folder / "latents.parquet")], "train", folder / "train")
+        write_local_cache(LocalFileSystem(), [str(folder / "latents.parquet")], "train", folder / "train")
         pairs = LatentPairs(folder / "train")
     else:
         keys = ("original_image", "edited_image")

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import (
     BaseSettings,
+    CliImplicitFlag,
     CliSettingsSource,
     InitSettingsSource,
     PydanticBaseSettingsSource,
@@ -28,6 +29,20 @@ from ip2p.recipe import LOCAL_CLIP, REPOSITORY, ClipRef, FileCaptions, HubCaptio
 from ip2p.workspace import Workspace
 
 OURS = {"recipe", "workspace"}
+
+
+class StageFlags(BaseModel):
+    """The flags of a job that runs a stage."""
+
+    overwrite: CliImplicitFlag[bool] = Field(
+        False, description="start over: remove what the stage wrote, with all that was made from it"
+    )
+
+
+class RowStageFlags(StageFlags):
+    """The flags of a job whose stage writes a row for every row."""
+
+    retry_failed: CliImplicitFlag[bool] = Field(False, description="do the rows again whose status is failed")
 
 
 class _Settings(Recipe, BaseSettings):

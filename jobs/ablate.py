@@ -12,18 +12,19 @@ import json
 
 import numpy as np
 import pyarrow.fs as pafs
-from pydantic import BaseModel, Field
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from ip2p import images
-from ip2p.cli import load_settings
+from ip2p.cli import StageFlags, load_settings
 from ip2p.errors import UserError
 from ip2p.evaluate.truth import judge
 from ip2p.recipe import Recipe, Thresholds
 from ip2p.report.ablations import Result, Setting, over_runs, page, results
 from ip2p.report.page import percent
 from ip2p.report.summary import metric_rows
+from ip2p.stage import Stage
 from ip2p.workspace import Workspace
 from jobs import evaluate, export_dataset, generate_pairs, train
 from runtime.connect import connect
@@ -34,19 +35,21 @@ UNFILTERED = "no filter"
 SHARES = {"all data": 1.0, "10% of the data": 0.1, "1% of the data": 0.01}
 
 
-class Flags(BaseModel):
+class Flags(StageFlags):
     seeds: int = Field(3, ge=1, description="runs of each kind of data; intervals need two, and are wide below five")
 
 
-def run(recipe: Recipe, workspace: Workspace, seeds: int = 3) -> list[Result]:
+def run(recipe: Recipe, workspace: Workspace, seeds: int = 3, overwrite: bool = False) -> None:
     """Write `ablations/`, and print the table after each round of seeds.
 
     Raises `UserError` when there are no pairs, or no oracle to judge by.
     """
     if recipe.truth != "oracle":
         raise UserError(f"truth: {recipe.truth}: ablations are judged by the oracle; use a miniature recipe")
-    if not workspace.done("pairs"):
-        raise UserError(f"{workspace.uri('pairs')} is not complete: run jobs.generate_pairs first")
+    stage = Stage(workspace, "ablations", recipe, amount={"--seeds": seeds})
+    if not stage.begin(overwrite):
+        print(f"ablate: {workspace.uri('ablations', 'report.html')} is complete")
+        return
     connect()
     export_dataset.run(recipe, workspace)
     bare = without_filter(recipe, workspace)
@@ -69,20 +72,20 @@ def run(recipe: Recipe, workspace: Workspace, seeds: int = 3) -> list[Result]:
             runs[name].append(one)
         found = results(recipe, [setting(name, runs[name], right.get(name, right["all data"])) for name in runs])
         write(recipe, workspace, found)
-    return found
+    stage.finish({"seeds": seeds})
 
 
 def without_filter(recipe: Recipe, workspace: Workspace) -> Workspace:
     """A workspace with a dataset of the same instructions, every candidate of which was accepted."""
     bare = Workspace(workspace.uri("ablations", "unfiltered"))
     if not bare.done("instructions"):
-        bare.fs.create_dir(bare.path("instructions"), recursive=True)
-        pafs.copy_files(
-            workspace.path("instructions"),
-            bare.path("instructions"),
-            source_filesystem=workspace.fs,
-            destination_filesystem=bare.fs,
-        )
+        for folder in ("made_with", "instructions"):  # with the mark of completion, last
+            bare.fs.create_dir(bare.path(folder), recursive=True)
+            for path in sorted(workspace.files(folder), key=lambda path: path.endswith("_SUCCESS")):
+                name = path.removeprefix(workspace.path(folder) + "/")
+                pafs.copy_files(
+                    path, bare.path(folder, name), source_filesystem=workspace.fs, destination_filesystem=bare.fs
+                )
     everything = Thresholds(image=-1, direction=-1, agreement=-1)
     free = {"candidates": recipe.pairs.max_pairs, "adaptive": None, "early_look": None, "quality": None}
     pairs = recipe.pairs.model_copy(update={**free, "thresholds": everything})
@@ -155,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
     assert workspace is not None
     with job("ablate", workspace):
-        run(recipe, workspace, flags.seeds)
+        run(recipe, workspace, flags.seeds, flags.overwrite)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ip2p.evaluate.calibrate import MIN_RECALL, Calibration, calibrate, judged_c
 from ip2p.recipe import Recipe
 from ip2p.report.page import percent
 from ip2p.workspace import Workspace
-from runtime.exit import exit_statuses
+from runtime.job import job
 
 
 class Flags(BaseModel):
@@ -53,7 +53,7 @@ def run(recipe: Recipe, workspace: Workspace, min_recall: float) -> Calibration:
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv)
     assert workspace is not None
-    with exit_statuses():
+    with job("calibrate", workspace):
         run(recipe, workspace, flags.min_recall)
 
 

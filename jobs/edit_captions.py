@@ -4,40 +4,36 @@ captions/ -> prompts -> vLLM -> parse and check -> instructions/, one row for ev
 """
 
 import json
-import random
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
-from pydantic import BaseModel, Field
-from pydantic_settings import CliImplicitFlag
+from pydantic import Field
 from ray.data import ActorPoolStrategy, DataContext, Dataset, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from ip2p.captions.answers import ANSWERS, AnswerReader, names_type, too_long
+from ip2p.captions.answers import ANSWERS, AnswerReader, names_type
 from ip2p.captions.edit_types import EDIT_TYPES
+from ip2p.captions.intake import screening, write_captions
 from ip2p.captions.prompt import few_shot_messages, schema, tuned_prompt
-from ip2p.captions.screen import NearDuplicates, refuse
 from ip2p.captions.source import file_captions, hub_captions
-from ip2p.cli import load_settings
+from ip2p.cli import RowStageFlags, load_settings
 from ip2p.errors import UserError
-from ip2p.miniature.edits import EDIT_KINDS, PLACED_KINDS
-from ip2p.miniature.triplets import draw_triplet, edit_kind
-from ip2p.models import load_tokenizer
-from ip2p.recipe import FileCaptions, GrammarCaptions, HubCaptions, Recipe, locate
-from ip2p.records import CAPTIONS, caption_id, digest
+from ip2p.miniature.captions import grammar_captions
+from ip2p.miniature.edits import EDIT_KINDS
+from ip2p.miniature.triplets import edit_kind
+from ip2p.recipe import FileCaptions, HubCaptions, Recipe, locate
+from ip2p.records import caption_id, digest
+from ip2p.stage import Stage
 from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
 from runtime.exit import exit_statuses
 from runtime.job import job
 from runtime.progress import Counted, Tally, time_left
 
-ROWS_PER_FILE = 5000
 # Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and a task needs room as well.
 ENGINE_CPUS = 0.5
 READER_CPUS = 0.25
@@ -51,36 +47,32 @@ CPU_ENVIRONMENT = {
 }
 
 
-class Flags(BaseModel):
-    overwrite: CliImplicitFlag[bool] = Field(
-        False, description="make instructions/ anew, and remove what was made from it"
-    )
+class Flags(RowStageFlags):
     preview: int = Field(0, ge=0, description="ask for the first so many captions, print what comes, write nothing")
 
 
-def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
-    """Write `instructions/`. The same call goes on where a killed one stopped, and costs nothing when all is done.
+def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_failed: bool = False) -> None:
+    """Write `instructions/`. The same call resumes an interrupted run and does nothing when all is done.
 
-    Raises `UserError` when `instructions/` was begun with another recipe.
+    Raises `UserError` when `instructions/` was made with another recipe.
     """
-    started = time.perf_counter()
     check(recipe)
-    workspace.claim("instructions", decisive(recipe), overwrite)
-    counts: dict[str, Any] = write_captions(recipe, workspace)
+    stage = Stage(workspace, "instructions", recipe)
+    if not stage.begin(overwrite, retry_failed):
+        print(f"edit_captions: {workspace.uri('instructions')} is complete")
+        show([], workspace.counts("instructions"))
+        return
+    counts: dict[str, Any] = write_captions(recipe, workspace, read_captions(recipe))
     print(
         f"edit_captions: {counts['captions']} captions, {to_do(workspace)} to do, {counts['duplicates']} duplicates "
         f"left out, {counts['refused']} refused unasked"
     )
-    for attempt in range(1, recipe.instructions.attempts + 1):
-        if left := to_do(workspace):
-            generate(recipe, workspace, attempt, left)
+    if left := to_do(workspace):
+        generate(recipe, workspace, recipe.instructions.attempts, left)
     rows = workspace.read_table("instructions").to_pylist()
     counts |= summary(rows)
-    workspace.mark_done("instructions", **counts)
-    workspace.record(
-        "edit_captions", recipe=recipe.model_dump(mode="json"), seconds=time.perf_counter() - started, **counts
-    )
     show(rows, counts)
+    stage.finish(counts, rows=len(rows), failed=counts.get("failed", 0))
 
 
 def check(recipe: Recipe) -> None:
@@ -96,49 +88,6 @@ def to_do(workspace: Workspace) -> int:
     return len(ids(workspace, "captions") - ids(workspace, "instructions"))
 
 
-def decisive(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe that decide what becomes of a caption; others say how fast, or how many captions."""
-    keys = recipe.model_dump(
-        mode="json", include={"seed": True, "models": {"llm"}, "captions": True, "instructions": True}
-    )
-    for how_many in ("count", "limit"):
-        keys["captions"].pop(how_many, None)
-    for how_fast in ("batch_size", "replicas", "max_model_len", "engine"):
-        del keys["instructions"][how_fast]
-    return keys
-
-
-def write_captions(recipe: Recipe, workspace: Workspace) -> dict[str, int]:
-    """Write `captions/` (CAPTIONS; each caption once), always anew: the same recipe gives the same files."""
-    folder = workspace.path("captions")
-    if isinstance(recipe.captions, FileCaptions) and Workspace(recipe.captions.path).path("").startswith(f"{folder}/"):
-        raise UserError(f"captions.path: {folder} is written by this job; keep {recipe.captions.path!r} elsewhere")
-    captions = read_captions(recipe)
-    if workspace.exists("captions"):
-        workspace.fs.delete_dir(folder)
-    screen = screening(recipe)
-    seen: set[str] = set()
-    rows: list[dict[str, str]] = []
-    duplicates = refused = files = 0
-    for caption in captions:
-        name = caption_id(caption)
-        if name in seen:
-            duplicates += 1
-            continue
-        seen.add(name)
-        refusal = screen(caption)
-        refused += bool(refusal)
-        rows.append({"caption_id": name, "caption": caption, "refusal": refusal})
-        if len(rows) == ROWS_PER_FILE:
-            _write_part(workspace, files, rows)
-            rows, files = [], files + 1
-    if rows:
-        _write_part(workspace, files, rows)
-    if not seen:
-        raise UserError(f"captions: there are none in {recipe.captions}")
-    return {"captions": len(seen), "duplicates": duplicates, "refused": refused}
-
-
 def read_captions(recipe: Recipe) -> Iterator[str]:
     """The captions that the recipe names, as they are."""
     if isinstance(recipe.captions, FileCaptions):
@@ -146,50 +95,6 @@ def read_captions(recipe: Recipe) -> Iterator[str]:
     if isinstance(recipe.captions, HubCaptions):
         return hub_captions(recipe.captions)
     return grammar_captions(recipe.captions, recipe.seed)
-
-
-def screening(recipe: Recipe) -> Callable[[str], str]:
-    """A function that says of one caption after the other why the model is not asked; "" where it is."""
-    max_words = recipe.instructions.max_caption_words
-    tokenizer = load_tokenizer(recipe.models.text_to_image)
-    # Scenes of the grammar are told apart by single words, and the job draws no caption twice.
-    alike = 1.0 if isinstance(recipe.captions, GrammarCaptions) else recipe.captions.near_duplicates
-    earlier = NearDuplicates(alike) if alike < 1 else None
-
-    def screen(caption: str) -> str:
-        refusal = refuse(caption, max_words)
-        if not refusal and too_long(tokenizer, caption):
-            return f"longer than {tokenizer.model_max_length} tokens"
-        if not refusal and earlier is not None and earlier.add(caption):
-            return "near-duplicate"
-        return refusal
-
-    return screen
-
-
-def _write_part(workspace: Workspace, part: int, rows: list[dict[str, str]]) -> None:
-    with workspace.open_out("captions", f"part-{part:05d}.parquet") as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=CAPTIONS), file)
-
-
-def grammar_captions(captions: GrammarCaptions, seed: int) -> Iterator[str]:
-    """Captions of miniature scenes, all different; every kind of edit is possible in an equal part of them.
-
-    Many leave places or background unsaid. Scenes that are held out for evaluation are left out. Raises ValueError when
-    a kind needs places that no caption may say.
-    """
-    kinds = captions.kinds or EDIT_KINDS
-    if not captions.say_places and (placed := [kind for kind in kinds if kind in PLACED_KINDS]):
-        raise UserError(f"captions.say_places: false, but {', '.join(placed)} of captions.kinds needs to know places")
-    seen: set[str] = set()
-    attempt = 0
-    while len(seen) < captions.count:
-        kind = kinds[len(seen) % len(kinds)]
-        drawn = draw_triplet(random.Random(digest("grammar", seed, attempt)), kind, held_out=False)
-        attempt += 1
-        if drawn.caption not in seen and (captions.say_places or "places" in drawn.unsaid):
-            seen.add(drawn.caption)
-            yield drawn.caption
 
 
 def generate(recipe: Recipe, workspace: Workspace, attempt: int, left: int) -> None:
@@ -386,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
             preview(recipe, flags.preview)
     else:
         with job("edit_captions", workspace):
-            run(recipe, workspace, flags.overwrite)
+            run(recipe, workspace, flags.overwrite, flags.retry_failed)
 
 
 if __name__ == "__main__":

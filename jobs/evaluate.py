@@ -5,15 +5,13 @@ instructions/ -> sample -> PairTruth -> evaluation/pair_truth.parquet; with eval
 a vision-language model -> evaluation/judged.parquet (jobs.judge_edits); then report.html
 """
 
-import json
-import time
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import Dataset
 
-from ip2p.cli import load_settings
+from ip2p.cli import StageFlags, load_settings
 from ip2p.edit.names import SHIPPED, available
 from ip2p.errors import UserError
 from ip2p.evaluate.pair_truth import PairTruth, sample_captions
@@ -21,31 +19,31 @@ from ip2p.evaluate.scorer import EditScorer
 from ip2p.evaluate.sweep import check_others, plan_edits, plan_grid, shown_editor
 from ip2p.evaluate.truth import chosen_case, test_set
 from ip2p.recipe import Recipe, locate
-from ip2p.records import digest
 from ip2p.report.page import write_report
 from ip2p.report.summary import Summary
+from ip2p.stage import Stage
 from ip2p.workspace import Workspace
 from jobs import judge_edits
 from runtime.connect import connect
 from runtime.job import job
 from runtime.progress import Tally
-from runtime.rows import begin, chain, scored
+from runtime.rows import chain, scored
 
 CAPTIONS_PER_TASK = 4
 
 
-def run(recipe: Recipe, workspace: Workspace) -> Summary:
-    """Write `evaluation/` and `report.html`. The same call goes on where a killed one stopped.
+def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> Summary:
+    """Write `evaluation/` and `report.html`. The same call resumes an interrupted run.
 
-    Another model, or another recipe for it, starts anew. Raises `UserError` when there is nothing to evaluate.
+    Raises `UserError` when there is nothing to evaluate, and when `evaluation/` was made with another model or recipe.
     """
     check(recipe)
     names = editors(recipe, workspace)
-    plan = fingerprint(recipe, workspace, names)
-    if workspace.done("evaluation") and workspace.counts("evaluation")["plan"] == plan:
-        print("evaluate: the sweep is done already")
+    stage = Stage(workspace, "evaluation", recipe, also={"editors": names})
+    if stage.begin(overwrite):
+        sweep(recipe, workspace, names, stage)
     else:
-        sweep(recipe, workspace, names, plan)
+        print("evaluate: the sweep is complete")
     if recipe.evaluate.judge is not None:
         judge_edits.run(recipe, workspace)
     summary = write_report(recipe, workspace)
@@ -53,10 +51,8 @@ def run(recipe: Recipe, workspace: Workspace) -> Summary:
     return summary
 
 
-def sweep(recipe: Recipe, workspace: Workspace, names: list[str], plan: str) -> None:
+def sweep(recipe: Recipe, workspace: Workspace, names: list[str], stage: Stage) -> None:
     """Make and score all edits, and judge pairs where truth is known."""
-    started = time.perf_counter()
-    begin(workspace, plan, ("evaluation", "checkpoints/evaluation"))
     test = test_set(recipe, workspace)
     edits = plan_edits(recipe, test, names)
     print(f"evaluate: {edits.num_rows} edits of {test.num_rows} test images by {', '.join(names)} and the baselines")
@@ -78,9 +74,7 @@ def sweep(recipe: Recipe, workspace: Workspace, names: list[str], plan: str) -> 
         sink = "pair_truth.parquet"
         score(recipe, workspace, "pair_captions", sink, "caption_id", PairTruth, (recipe,), CAPTIONS_PER_TASK)
         counts["pair_captions"] = captions.num_rows
-    workspace.mark_done("evaluation", plan=plan, **counts)
-    seconds = time.perf_counter() - started
-    workspace.record("evaluate", recipe=recipe.model_dump(mode="json"), seconds=seconds, **counts)
+    stage.finish(counts)
 
 
 def score(
@@ -123,17 +117,6 @@ def editors(recipe: Recipe, workspace: Workspace) -> list[str]:
     return names
 
 
-def fingerprint(recipe: Recipe, workspace: Workspace, names: list[str]) -> str:
-    """Changes when results would: with the recipe's keys that matter here, and with the trained models."""
-    keys = recipe.model_dump(mode="json", include={"seed", "truth", "models", "pairs", "sampling", "evaluate"})
-    for other in ("batch_size", "replicas", "judge"):  # how fast; and the judge looks at the same edits
-        del keys["evaluate"][other]
-    del keys["models"]["dino"]  # of jobs.evaluate_benchmark
-    others = [Workspace(other.workspace) for other in recipe.evaluate.models.values() if other.workspace is not None]
-    trained = [run.counts("model") if run.done("model") else None for run in (workspace, *others)]
-    return f"{digest(json.dumps([keys, trained, names], sort_keys=True)):016x}"
-
-
 def write_part(workspace: Workspace, table: pa.Table, folder: str) -> None:
     with workspace.open_out("evaluation", folder, "part-0.parquet") as file:
         pq.write_table(table, file)
@@ -141,10 +124,10 @@ def write_part(workspace: Workspace, table: pa.Table, folder: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     needs = ("workspace", "models.text_to_image", "models.clip")
-    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=needs)
+    recipe, workspace, flags = load_settings(__doc__ or "", StageFlags, argv=argv, needs=needs)
     assert workspace is not None
     with job("evaluate", workspace):
-        run(recipe, workspace)
+        run(recipe, workspace, flags.overwrite)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,15 @@ benchmark -> benchmark/sessions/ (the turns of an image together) -> BenchmarkSc
 is edited twice: each turn on its own source image, and each on the result of the turn before it.
 """
 
-import json
-import time
 from itertools import count, islice
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field
-from pydantic_settings import CliImplicitFlag
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from ip2p.cli import load_settings
+from ip2p.cli import StageFlags, load_settings
 from ip2p.errors import UserError
 from ip2p.evaluate.benchmark.layouts import (
     BENCHMARK,
@@ -32,9 +28,9 @@ from ip2p.evaluate.benchmark.layouts import (
 from ip2p.evaluate.benchmark.scorer import BenchmarkScorer
 from ip2p.evaluate.bootstrap import Estimate
 from ip2p.recipe import Recipe
-from ip2p.records import digest
 from ip2p.report.benchmark import BenchmarkTable, summarize_benchmark
 from ip2p.report.page import write_report
+from ip2p.stage import Stage, short_digest
 from ip2p.workspace import Workspace
 from jobs.evaluate import check, editors
 from runtime.connect import connect
@@ -45,28 +41,28 @@ SESSIONS_PER_FILE = 32  # some MB each
 SESSIONS_PER_TASK = 4  # what a crash can cost
 
 
-class Flags(BaseModel):
+class Flags(StageFlags):
     benchmark: str = Field(
         description="parquet file or folder with MagicBrush's or Emu Edit's columns, local or s3://…"
     )
-    overwrite: CliImplicitFlag[bool] = Field(False, description="remove what benchmark/ holds and begin anew")
 
 
 def run(recipe: Recipe, workspace: Workspace, benchmark: str, overwrite: bool = False) -> list[BenchmarkTable]:
     """Write `benchmark/` and `report.html`. The same call goes on where a killed one stopped.
 
-    Raises `UserError` when there is no editor, for files that are no benchmark, and when `benchmark/` was begun with
+    Raises `UserError` when there is no editor, for files that are no benchmark, and when `benchmark/` was made with
     another benchmark, model or recipe.
     """
-    started = time.perf_counter()
     check(recipe)
     names = editors(recipe, workspace)
     source = Workspace(benchmark)
     files = benchmark_files(source)
     layout = detect(source, files)
-    workspace.claim("benchmark", decisive(recipe, workspace, names, source, files), overwrite)
-    if workspace.done("benchmark"):
-        print("evaluate_benchmark: done already; --overwrite makes it anew")
+    sizes = [[info.path.removeprefix(source.root), info.size] for info in source.fs.get_file_info(files)]
+    also = {"editors": names, "--benchmark": f"files {short_digest(sizes)}"}
+    stage = Stage(workspace, "benchmark", recipe, also=also)
+    if not stage.begin(overwrite):
+        print("evaluate_benchmark: the benchmark is complete")
     else:
         group(workspace, source, files, layout)
         counts = workspace.counts("benchmark/sessions")
@@ -87,30 +83,12 @@ def run(recipe: Recipe, workspace: Workspace, benchmark: str, overwrite: bool = 
             lambda rows, tally: scored(rows, tally, recipe, BenchmarkScorer, arguments, SESSIONS_PER_TASK),
         )
         counts |= write_metrics(workspace)
-        workspace.mark_done("benchmark", **counts)
-        seconds = time.perf_counter() - started
-        workspace.record("evaluate_benchmark", recipe=recipe.model_dump(mode="json"), seconds=seconds, **counts)
+        stage.finish(counts, rows=counts["edits"], failed=counts["failed"])
     write_report(recipe, workspace)
     tables = summarize_benchmark(workspace)
     show(tables)
     print(f"evaluate_benchmark: {workspace.uri('benchmark/metrics.parquet')} and report.html are written")
     return tables
-
-
-def decisive(
-    recipe: Recipe, workspace: Workspace, names: list[str], source: Workspace, files: list[str]
-) -> dict[str, Any]:
-    """What decides the results: keys of the recipe, the trained model, and the files of the benchmark."""
-    keys = recipe.model_dump(
-        mode="json",
-        include={"seed": True, "sampling": True, "models": {"clip", "dino", "editor"}, "evaluate": {"models"}},
-    )
-    sizes = [(info.path.removeprefix(source.root), info.size) for info in source.fs.get_file_info(files)]
-    return keys | {
-        "editors": names,
-        "model": workspace.counts("model") if workspace.done("model") else None,
-        "benchmark": {"path": source.location, "files": f"{digest(json.dumps(sizes)):016x}"},
-    }
 
 
 def group(workspace: Workspace, source: Workspace, files: list[str], layout: Layout) -> None:

@@ -3,7 +3,6 @@
 pairs/ -> one row for every accepted pair -> split by caption id -> dataset/{train,validation,test}/*.parquet
 """
 
-import time
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
@@ -13,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from ip2p.cli import load_settings
+from ip2p.cli import StageFlags, load_settings
 from ip2p.errors import UserError
 from ip2p.pairs.export import SPLITS, explode, with_features
 from ip2p.recipe import Recipe
 from ip2p.records import split_of
+from ip2p.stage import Stage
 from ip2p.workspace import Workspace
 from runtime.connect import connect
 from runtime.job import job
@@ -27,23 +27,20 @@ ROW_GROUP = 64  # rows; small enough to be looked at one by one
 TASK_CPUS = 0.5
 
 
-def run(recipe: Recipe, workspace: Workspace) -> None:
-    """Write `dataset/` anew from `pairs/`; costs nothing when it is complete.
+def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
+    """Write `dataset/` from `pairs/`. Does nothing when it is complete.
 
-    Raises `UserError` when `pairs/` is not complete or holds no pair.
+    Raises `UserError` when `pairs/` is not complete or holds no pair, and when `dataset/` was made otherwise.
     """
-    if workspace.done("dataset"):
-        print(f"export_dataset: {workspace.uri('dataset')} is complete; remove it to make it anew")
-        print(show(workspace.counts("dataset")))
-        return
-    if not workspace.done("pairs"):
-        raise UserError(f"{workspace.uri('pairs')} is not complete: run jobs.generate_pairs first")
+    stage = Stage(workspace, "dataset", recipe)
     if not workspace.counts("pairs")["pairs"]:
         raise UserError(f"{workspace.uri('pairs')} holds no pair: lower pairs.thresholds or draw more candidates")
-    started = time.perf_counter()
+    if not stage.begin(overwrite):
+        print(f"export_dataset: {workspace.uri('dataset')} is complete\n{show(workspace.counts('dataset'))}")
+        return
     connect()
     if workspace.exists("dataset"):
-        workspace.fs.delete_dir(workspace.path("dataset"))  # what a killed run left
+        workspace.fs.delete_dir(workspace.path("dataset"))  # an interrupted run may have had other shards
     work = [{"shard": n, "paths": paths} for n, paths in enumerate(shards(workspace))]
     written = (
         ray.data.from_items(work, override_num_blocks=len(work))
@@ -51,10 +48,10 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
         .take_all()
     )
     counts = {split: sum(row[split] for row in written) for split in SPLITS}
-    seconds = time.perf_counter() - started
-    workspace.mark_done("dataset", **counts)
-    workspace.record("export_dataset", recipe=recipe.model_dump(mode="json"), seconds=round(seconds, 3), **counts)
-    print(f"export_dataset: done in {seconds:.0f} s\n{show(counts)}")
+    pairs = workspace.counts("pairs")["pairs"]
+    assert sum(counts.values()) == pairs, f"{sum(counts.values())} of {pairs} pairs were exported"
+    stage.finish(counts)
+    print(f"export_dataset: done\n{show(counts)}")
 
 
 def shards(workspace: Workspace) -> list[list[str]]:
@@ -102,10 +99,10 @@ def show(counts: dict[str, int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv)
+    recipe, workspace, flags = load_settings(__doc__ or "", StageFlags, argv=argv)
     assert workspace is not None
     with job("export_dataset", workspace):
-        run(recipe, workspace)
+        run(recipe, workspace, flags.overwrite)
 
 
 if __name__ == "__main__":

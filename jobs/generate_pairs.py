@@ -3,7 +3,6 @@
 instructions/ -> PairGenerator (draw, generate, score, judge) -> pairs/, one row for every caption, come what may
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,16 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from pydantic import BaseModel, Field
-from pydantic_settings import CliImplicitFlag
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
-from ip2p.cli import load_settings
-from ip2p.errors import UserError
+from ip2p.cli import RowStageFlags, load_settings
 from ip2p.pairs.funnel import COLUMNS, funnel, show
 from ip2p.pairs.generate import PairGenerator, failed
 from ip2p.recipe import Recipe
+from ip2p.stage import Stage
 from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
 from runtime.guard import Guarded, Ledger
@@ -34,40 +31,20 @@ RESTARTS = 100
 REJECTED = "rejected: "  # what a count of candidates by reason begins with
 
 
-class Flags(BaseModel):
-    overwrite: CliImplicitFlag[bool] = Field(False, description="make pairs/ anew, and remove what was made from it")
+def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_failed: bool = False) -> None:
+    """Write `pairs/`. The same call resumes an interrupted run and does nothing when all is done.
 
-
-def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
-    """Write `pairs/`. The same call goes on where a killed one stopped, and costs nothing when all is done.
-
-    Raises `UserError` when there are no instructions, and when `pairs/` was begun with another recipe.
+    Raises `UserError` when there are no instructions, and when `pairs/` was made with another recipe.
     """
-    if not workspace.done("instructions"):
-        raise UserError(f"{workspace.uri('instructions')} is not complete: run jobs.edit_captions first")
-    workspace.claim("pairs", decisive(recipe), overwrite)
-    if workspace.done("pairs"):
-        print(f"generate_pairs: {workspace.uri('pairs')} is complete; --overwrite makes it anew")
-        print(show(workspace.counts("pairs")))
+    stage = Stage(workspace, "pairs", recipe)
+    if not stage.begin(overwrite, retry_failed):
+        print(f"generate_pairs: {workspace.uri('pairs')} is complete\n{show(workspace.counts('pairs'))}")
         return
-    started = time.perf_counter()
     connect()
     generate(recipe, workspace)
     counts = funnel(read_pairs(workspace))
-    seconds = time.perf_counter() - started
-    workspace.mark_done("pairs", **counts)
-    workspace.record("generate_pairs", recipe=recipe.model_dump(mode="json"), seconds=round(seconds, 3), **counts)
-    print(f"generate_pairs: done in {seconds:.0f} s\n{show(counts)}")
-
-
-def decisive(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe that decide what becomes of a caption; the others say how fast."""
-    keys = recipe.model_dump(mode="json", include={"seed", "models", "pairs"})
-    for other in ("llm", "editor", "dino"):
-        del keys["models"][other]
-    for how_fast in ("batch_size", "replicas", "rows_per_block", "keep_rejects"):
-        del keys["pairs"][how_fast]
-    return keys
+    print(f"generate_pairs: done\n{show(counts)}")
+    stage.finish(counts, rows=counts["captions"], failed=counts["failed"])
 
 
 def generate(recipe: Recipe, workspace: Workspace) -> None:
@@ -155,10 +132,10 @@ def read_pairs(workspace: Workspace) -> Iterator[pa.RecordBatch]:
 
 def main(argv: list[str] | None = None) -> None:
     needs = ("workspace", "models.text_to_image", "models.clip")
-    recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv, needs=needs)
+    recipe, workspace, flags = load_settings(__doc__ or "", RowStageFlags, argv=argv, needs=needs)
     assert workspace is not None
     with job("generate_pairs", workspace):
-        run(recipe, workspace, flags.overwrite)
+        run(recipe, workspace, flags.overwrite, flags.retry_failed)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ columns of the sweep, three marks, and why there are none where there are none. 
 """
 
 import json
-import time
 from collections import Counter
 from typing import Any
 
@@ -13,37 +12,34 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from ip2p.cli import load_settings
+from ip2p.cli import StageFlags, load_settings
 from ip2p.errors import UserError
 from ip2p.evaluate.judge import JUDGED, Questions, read_answer, schema
 from ip2p.recipe import Judge, Recipe, locate
-from ip2p.records import digest
 from ip2p.report.page import write_report
+from ip2p.stage import Stage
 from ip2p.workspace import Workspace
 from jobs.edit_captions import CPU_ENVIRONMENT, ENGINE_CPUS, ENGINE_RESTARTS
 from runtime.connect import connect, uses_gpu
 from runtime.job import job
 from runtime.progress import Counted, Tally
-from runtime.rows import ACTOR_CPUS, TASK_CPUS, begin, chain
+from runtime.rows import ACTOR_CPUS, TASK_CPUS, chain
 
-SOURCE, SINK, DONE = "evaluation/metrics.parquet", "evaluation/judged.parquet", "evaluation/judge"
+SOURCE, SINK = "evaluation/metrics.parquet", "evaluation/judged.parquet"
 
 
-def run(recipe: Recipe, workspace: Workspace) -> None:
-    """Write `evaluation/judged.parquet`. The same call goes on where a killed one stopped; another judge begins anew.
+def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
+    """Write `evaluation/judged.parquet`. The same call resumes an interrupted run.
 
-    Raises `UserError` without a judge in the recipe, or before the sweep has run.
+    Raises `UserError` without a judge in the recipe, before the sweep is complete, and for marks of another judge.
     """
-    started, judge = time.perf_counter(), recipe.evaluate.judge
+    judge = recipe.evaluate.judge
     if judge is None:
         raise UserError("evaluate.judge is null: name a vision-language model, evaluate.judge: {model: {path: ...}}")
-    if not workspace.done("evaluation"):
-        raise UserError(f"{workspace.uri(SOURCE)} is not whole: run jobs.evaluate first")
-    plan = fingerprint(recipe, judge, workspace)
-    if workspace.done(DONE) and workspace.counts(DONE)["plan"] == plan:
-        print("judge_edits: done already")
+    stage = Stage(workspace, "judge", recipe)
+    if not stage.begin(overwrite):
+        print("judge_edits: all edits are judged")
         return
-    begin(workspace, plan, (DONE, SINK, f"checkpoints/{SOURCE}"))
     connect()
     print(f"judge_edits: {judge.replicas} vLLM engine(s) with {judge.model.path}", flush=True)
 
@@ -53,17 +49,10 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     chain(workspace, SOURCE, SINK, "edit_id", judge.batch_size, steps)
     rows = workspace.read_table(SINK, columns=["judge_status", "judge_error"]).to_pylist()
     counts: dict[str, Any] = dict(Counter(row["judge_status"] for row in rows))
-    workspace.mark_done(DONE, plan=plan, **counts)
-    workspace.record("judge_edits", seconds=time.perf_counter() - started, **counts)
     print("judge_edits: " + ", ".join(f"{counts.get(status, 0)} {status}" for status in ("ok", "failed")))
     for error, number in Counter(row["judge_error"] for row in rows if row["judge_error"]).most_common():
         print(f"  {number:6d} {error}")
-
-
-def fingerprint(recipe: Recipe, judge: Judge, workspace: Workspace) -> str:
-    """Changes when marks would: with the judge and the edits."""
-    keys = [judge.model.model_dump(mode="json"), judge.max_tokens, recipe.seed, workspace.counts("evaluation")["plan"]]
-    return f"{digest(json.dumps(keys, sort_keys=True)):016x}"
+    stage.finish(counts, rows=len(rows), failed=counts.get("failed", 0))
 
 
 def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace: Workspace) -> Dataset:
@@ -149,10 +138,10 @@ def answer_of(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv)
+    recipe, workspace, flags = load_settings(__doc__ or "", StageFlags, argv=argv)
     assert workspace is not None
     with job("judge_edits", workspace):
-        run(recipe, workspace)
+        run(recipe, workspace, flags.overwrite)
         write_report(recipe, workspace)
 
 

@@ -15,11 +15,11 @@ from ip2p.cli import load_settings
 from ip2p.errors import UserError
 from ip2p.pairs.export import dataset_card
 from ip2p.recipe import Recipe
+from ip2p.stage import PLANS
 from ip2p.workspace import Workspace
-from runtime.exit import exit_statuses
+from runtime.job import job
 
 NOT_SENT = ("_SUCCESS",)
-WRITTEN_BY = {"model": "jobs.train", "dataset": "jobs.export_dataset"}
 
 
 class Flags(BaseModel):
@@ -40,7 +40,7 @@ def run(recipe: Recipe, workspace: Workspace, flags: Flags) -> None:
         raise UserError("--model_repo, --dataset_repo: name one at least, e.g. --model_repo me/my-editor")
     for stage in wanted:
         if not workspace.done(stage):
-            raise UserError(f"{workspace.uri(stage)} is not complete: run {WRITTEN_BY[stage]} first")
+            raise UserError(f"{workspace.uri(stage)} is not complete: run {PLANS[stage].job} first")
     for stage, repository in wanted.items():
         infos = workspace.fs.get_file_info([path for path in workspace.files(stage) if not path.endswith(NOT_SENT)])
         for info in infos:
@@ -74,7 +74,7 @@ def send(recipe: Recipe, workspace: Workspace, stage: str, repository: str, priv
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", Flags, argv=argv)
     assert workspace is not None
-    with exit_statuses():
+    with job("publish", workspace):
         run(recipe, workspace, flags)
 
 

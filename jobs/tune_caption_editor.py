@@ -4,11 +4,9 @@ triplets -> check and split by caption -> tune (Ray Train, a checkpoint an epoch
 `python -m jobs.edit_captions --models.llm.path WORKSPACE/language_model --instructions.prompt tuned ...`
 """
 
-import json
 import os
 import random
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +20,30 @@ from transformers import TrainerCallback
 from ip2p.captions.answers import names_type
 from ip2p.captions.triplets import TRIPLETS, Triplet, read_triplets
 from ip2p.captions.tune import export, make_trainer, split, usable
-from ip2p.cli import load_settings
+from ip2p.cli import StageFlags, load_settings
 from ip2p.miniature.edits import EDIT_KINDS
 from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import GrammarCaptions, Recipe, locate
 from ip2p.records import digest
+from ip2p.stage import Stage, short_digest
 from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
 from runtime.job import job
 
 
-def run(recipe: Recipe, workspace: Workspace) -> None:
-    """Write `language_model/`. The same call goes on where a killed one stopped.
+def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
+    """Write `language_model/`. The same call resumes an interrupted run.
 
-    Raises `UserError` when there are no triplets to train on.
+    Raises `UserError` when there are no triplets to train on, and when it was made with another recipe or triplets.
     """
-    if workspace.done("language_model"):
-        print(f"tune_caption_editor: done already, see {workspace.uri('language_model')}")
-        return
-    started = time.perf_counter()
     names = names_type(recipe)
     triplets = usable(read(recipe), names)
     if not names:
         triplets = [triplet._replace(edit_type=None) for triplet in triplets]
+    stage = Stage(workspace, "language_model", recipe, also={"triplets": short_digest(triplets)})
+    if not stage.begin(overwrite):
+        print(f"tune_caption_editor: {workspace.uri('language_model')} is complete")
+        return
     recipe = with_model(recipe)
     chosen, held_out = split(triplets, recipe.tune)
     print(f"tune_caption_editor: {len(chosen)} triplets, {len(held_out)} held out, {recipe.tune.epochs} epochs")
@@ -56,10 +55,9 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
         export(recipe, Path(source, RayTrainReportCallback.CHECKPOINT_NAME), folder)
         workspace.fs.create_dir(workspace.path("language_model"), recursive=True)
         pafs.copy_files(folder, workspace.path("language_model"), destination_filesystem=workspace.fs)
-    counts = {"triplets": len(chosen), "held_out": len(held_out), "validation_loss": round(metrics["eval_loss"], 4)}
-    workspace.mark_done("language_model", **counts)
-    seconds = time.perf_counter() - started
-    workspace.record("tune_caption_editor", recipe=recipe.model_dump(mode="json"), seconds=seconds, **counts)
+    stage.finish(
+        {"triplets": len(chosen), "held_out": len(held_out), "validation_loss": round(metrics["eval_loss"], 4)}
+    )
     print(
         f"tune_caption_editor: {workspace.uri('language_model')} is written; ask it with jobs.edit_captions "
         f"--models.llm.path {workspace.uri('language_model')} --instructions.prompt tuned"
@@ -89,14 +87,12 @@ def fit(
 ) -> tuple[ray.train.Checkpoint, dict[str, Any]]:
     """Tune on Ray Train; returns the last checkpoint and its metrics."""
     gpu = uses_gpu(recipe.device)
-    settings = recipe.tune.model_dump(mode="json")
-    what = json.dumps([settings, recipe.seed, recipe.models.llm.path, triplets, held_out])
     result = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"recipe": recipe, "triplets": triplets, "held_out": held_out, "gpu": gpu},
         scaling_config=ScalingConfig(num_workers=recipe.tune.workers, use_gpu=gpu),
         run_config=RunConfig(
-            name=f"tune-{digest(what):016x}",  # other settings or triplets start anew
+            name="language_model",
             storage_path=workspace.path("checkpoints"),
             storage_filesystem=workspace.fs,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
@@ -138,10 +134,10 @@ class Line(TrainerCallback):
 
 
 def main(argv: list[str] | None = None) -> None:
-    recipe, workspace, _ = load_settings(__doc__ or "", argv=argv, needs=("workspace", "models.llm"))
+    recipe, workspace, flags = load_settings(__doc__ or "", StageFlags, argv=argv, needs=("workspace", "models.llm"))
     assert workspace is not None
     with job("tune_caption_editor", workspace):
-        run(recipe, workspace)
+        run(recipe, workspace, flags.overwrite)
 
 
 if __name__ == "__main__":

@@ -89,31 +89,3 @@ def test_run_json_gathers_what_the_stages_record(tmp_path):
     assert run["stages"]["train"]["steps"] == 10
     assert "torch" in run["versions"]
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"], "no partial file stays"
-
-
-def test_a_stage_goes_on_with_its_own_recipe_alone(tmp_path):
-    workspace = Workspace(tmp_path)
-    workspace.claim("pairs", {"seed": 1})
-    workspace.claim("pairs", {"seed": 0, "pairs": {"steps": 8, "solver": "ddim"}})  # nothing was made yet
-    write(workspace, pa.table({"a": [1]}), "pairs", "0.parquet")
-    workspace.claim("pairs", {"pairs": {"solver": "ddim", "steps": 8}, "seed": 0})
-    with pytest.raises(ValueError, match=r"\(pairs\.steps: 8 then, 9 now\): .* --overwrite"):
-        workspace.claim("pairs", {"seed": 0, "pairs": {"steps": 9, "solver": "ddim"}})
-
-
-def test_overwriting_removes_a_stage_and_what_was_made_from_it(tmp_path, capsys):
-    workspace = Workspace(tmp_path)
-    for stage in ("instructions", "pairs", "dataset"):
-        workspace.claim(stage, {"seed": 0})
-        workspace.mark_done(stage, rows=1)
-    write(workspace, pa.table({"a": [1]}), "checkpoints", "pairs", "0.parquet")
-    workspace.claim("pairs", {"seed": 1}, overwrite=True)
-    assert [workspace.exists(folder) for folder in ("instructions", "pairs", "dataset", "checkpoints/pairs")] == [
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert f"overwrite: removing {tmp_path}/pairs" in capsys.readouterr().out
-    workspace.claim("pairs", {"seed": 1})
-    workspace.claim("dataset", {"seed": 1})

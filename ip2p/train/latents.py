@@ -48,7 +48,7 @@ def some_captions(caption_ids: Iterable[str], fraction: float, seed: int) -> set
     return set(in_order[: max(1, round(fraction * len(in_order)))])
 
 
-def lay_out(
+def write_local_cache(
     fs: pafs.FileSystem, paths: Sequence[str], split: str, folder: Path, fraction: float = 1.0, seed: int = 0
 ) -> None:
     """Write the `ok` rows of a split of `encode.LATENTS` files to a local `folder` that `LatentPairs` opens.
@@ -111,7 +111,7 @@ class LatentPairs:
     """
 
     def __init__(self, folder: Path, one_per_caption: bool = False) -> None:
-        """Open what `lay_out` wrote.
+        """Open what `write_local_cache` wrote.
 
         Args:
             one_per_caption: a sample is any pair of a caption, not a certain pair.

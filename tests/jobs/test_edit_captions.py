@@ -52,7 +52,7 @@ def write_captions(path: Path, captions: list[str | None], column: str = "TEXT")
 
 
 def grammar(count: int, seed: int = 0) -> list[str]:
-    return list(edit_captions.grammar_captions(GrammarCaptions(count=count), seed))
+    return list(grammar_captions(GrammarCaptions(count=count), seed))
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +78,23 @@ def test_grammar_captions_differ_and_allow_every_kind_of_edit_equally():
 
 
 def test_only_the_kinds_that_are_asked_for():
-    captions = edit_captions.grammar_captions(GrammarCaptions(count=20, kinds=["count"]), 0)
+    captions = grammar_captions(GrammarCaptions(count=20, kinds=["count"]), 0)
     for described in map(read_caption, captions):
         assert "count" in possible_kinds(described.scene, described.unsaid)
 
 
 def test_places_may_stay_unsaid():
     unplaced = GrammarCaptions(count=30, kinds=["recolour", "look"], say_places=False)
-    for described in map(read_caption, edit_captions.grammar_captions(unplaced, 0)):
+    for described in map(read_caption, grammar_captions(unplaced, 0)):
         assert "places" in described.unsaid
     with pytest.raises(ValueError, match=r"captions.say_places: false, but add, move, swap, count of captions.kinds"):
-        list(edit_captions.grammar_captions(GrammarCaptions(say_places=False), 0))
+        list(grammar_captions(GrammarCaptions(say_places=False), 0))
 
 
 def test_each_caption_is_kept_once_and_a_limit_holds(tmp_path):
     source = write_captions(tmp_path / "in" / "a.parquet", ["a dog", "a cat", "a dog", None, ""])
     workspace = Workspace(tmp_path / "run")
-    counts = edit_captions.write_captions(make_recipe(SHIPPED, source), workspace)
+    counts = take_in(make_recipe(SHIPPED, source), workspace)
     assert counts == {"captions": 3, "duplicates": 2, "refused": 1}
     table = workspace.read_table("captions")
     assert table.schema.equals(CAPTIONS, check_metadata=False)
@@ -104,7 +104,7 @@ def test_each_caption_is_kept_once_and_a_limit_holds(tmp_path):
     ]
 
     fewer = make_recipe(SHIPPED, source.model_copy(update={"limit": 1}))
-    assert edit_captions.write_captions(fewer, workspace) == {"captions": 1, "duplicates": 0, "refused": 0}
+    assert take_in(fewer, workspace) == {"captions": 1, "duplicates": 0, "refused": 0}
     assert workspace.read_table("captions").num_rows == 1
 
 
@@ -112,13 +112,13 @@ def test_near_duplicates_are_rows_that_the_model_never_sees(tmp_path):
     captions = ["a dog", "A dog.", "a  dog", "<b>a dog</b>", "a cat"]
     source = write_captions(tmp_path / "in.parquet", captions).model_copy(update={"near_duplicates": 0.9})
     workspace = Workspace(tmp_path / "run")
-    counts = edit_captions.write_captions(make_recipe(SHIPPED, source), workspace)
+    counts = take_in(make_recipe(SHIPPED, source), workspace)
     assert counts == {"captions": 5, "duplicates": 0, "refused": 3}
     refusals = [row["refusal"] for row in workspace.read_table("captions").to_pylist()]
     assert refusals == ["", "near-duplicate", "near-duplicate", "html", ""]
 
     exact = make_recipe(SHIPPED, source.model_copy(update={"near_duplicates": 1}))
-    assert edit_captions.write_captions(exact, workspace)["refused"] == 1
+    assert take_in(exact, workspace)["refused"] == 1
 
 
 def test_captions_come_from_wherever_the_recipe_says(tmp_path):
@@ -135,13 +135,13 @@ def test_captions_come_from_wherever_the_recipe_says(tmp_path):
 
 def test_drawn_captions_are_alike_on_purpose_and_none_is_refused(tmp_path):
     recipe = make_recipe(SHIPPED, GrammarCaptions(count=200))
-    counts = edit_captions.write_captions(recipe, Workspace(tmp_path))
+    counts = take_in(recipe, Workspace(tmp_path))
     assert counts == {"captions": 200, "duplicates": 0, "refused": 0}
 
 
 def test_captions_may_lie_beside_the_folder_that_is_written(tmp_path):
     source = write_captions(tmp_path / "captions.parquet", ["a dog"])
-    assert edit_captions.write_captions(make_recipe(SHIPPED, source), Workspace(tmp_path))["captions"] == 1
+    assert take_in(make_recipe(SHIPPED, source), Workspace(tmp_path))["captions"] == 1
 
 
 def test_what_is_wrong_with_the_captions_is_said_before_ray_starts(tmp_path):
@@ -217,7 +217,7 @@ def test_a_caption_that_the_text_encoder_would_cut_is_refused(tmp_path):
     source = write_captions(tmp_path / "in.parquet", [words, "a large star"])
     recipe = make_recipe(SHIPPED, source)
     workspace = Workspace(tmp_path / "run")
-    assert edit_captions.write_captions(recipe, workspace)["refused"] == 1
+    assert take_in(recipe, workspace)["refused"] == 1
     refusals = workspace.read_table("captions")["refusal"].to_pylist()
     assert refusals == ["longer than 48 tokens", ""]
 

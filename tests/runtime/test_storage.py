@@ -28,7 +28,6 @@ def bucket(monkeypatch):
 def test_a_workspace_in_a_bucket_is_like_a_folder(bucket):
     workspace = Workspace("s3://bucket/run")
     assert not workspace.exists("pairs") and workspace.files() == [] and workspace.run() == {}
-    workspace.claim("pairs", {"seed": 0})
     for name, values in (("2", [3]), ("1", [1, 2])):
         with workspace.open_out("pairs", f"{name}.parquet") as file:
             pq.write_table(pa.table({"a": values}), file)
@@ -38,10 +37,6 @@ def test_a_workspace_in_a_bucket_is_like_a_folder(bucket):
     assert again.read_table("pairs")["a"].to_pylist() == [1, 2, 3]
     assert again.done("pairs") and again.counts("pairs") == {"rows": 3}
     assert again.run()["stages"]["generate_pairs"]["rows"] == 3
-    with pytest.raises(ValueError, match="seed: 0 then, 1 now"):
-        again.claim("pairs", {"seed": 1})
-    again.claim("pairs", {"seed": 1}, overwrite=True)
-    assert not again.exists("pairs")
     assert all(not name.endswith(".part") for name in again.files())
 
 
