@@ -156,13 +156,17 @@ class Stage:
         self._write({"what": self.what})
         return True
 
-    def finish(self, counts: Mapping[str, Any], rows: int = 0, failed: int = 0) -> None:
-        """Complete the stage with what it counted, unless more than `max_failed` of its rows have failed."""
+    def finish(self, counts: Mapping[str, Any], rows: int = 0, failed: int = 0, example: str = "") -> None:
+        """Complete the stage with what it counted, unless more than `max_failed` of its rows have failed.
+
+        Raises `UserError` then, with `example`, the reason of one of them.
+        """
         if failed > self.recipe.max_failed * rows:
+            again = " with --retry-failed" if self.plan.by_row else ""
             raise UserError(
                 f"{failed} of {rows} rows of {self.workspace.uri(self.folders[0])} failed, more than max_failed "
-                f"{self.recipe.max_failed:g} of them: look at their `reason`, then run the same command with "
-                "--retry-failed, or raise max_failed"
+                f"{self.recipe.max_failed:g} of them ({example}): mend the cause and run the same command{again}, or "
+                "raise max_failed"
             )
         self._write({"what": self.what, "how_much": self.how_much})
         self.workspace.mark_done(self.folders[0], **counts)

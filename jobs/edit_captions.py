@@ -72,7 +72,7 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_fai
     rows = workspace.read_table("instructions").to_pylist()
     counts |= summary(rows)
     show(rows, counts)
-    stage.finish(counts, rows=len(rows), failed=counts.get("failed", 0))
+    stage.finish(counts, rows=len(rows), failed=counts.get("failed", 0), example="see the reasons above")
 
 
 def check(recipe: Recipe) -> None:

@@ -83,7 +83,7 @@ def run(recipe: Recipe, workspace: Workspace, benchmark: str, overwrite: bool = 
             lambda rows, tally: scored(rows, tally, recipe, BenchmarkScorer, arguments, SESSIONS_PER_TASK),
         )
         counts |= write_metrics(workspace)
-        stage.finish(counts, rows=counts["edits"], failed=counts["failed"])
+        stage.finish(counts, rows=counts["edits"], failed=counts["failed"], example="see benchmark/metrics.parquet")
     write_report(recipe, workspace)
     tables = summarize_benchmark(workspace)
     show(tables)

@@ -44,7 +44,7 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_fai
     generate(recipe, workspace)
     counts = funnel(read_pairs(workspace))
     print(f"generate_pairs: done\n{show(counts)}")
-    stage.finish(counts, rows=counts["captions"], failed=counts["failed"])
+    stage.finish(counts, rows=counts["captions"], failed=counts["failed"], example=next(iter(counts["failures"]), ""))
 
 
 def generate(recipe: Recipe, workspace: Workspace) -> None:

@@ -52,7 +52,7 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
     print("judge_edits: " + ", ".join(f"{counts.get(status, 0)} {status}" for status in ("ok", "failed")))
     for error, number in Counter(row["judge_error"] for row in rows if row["judge_error"]).most_common():
         print(f"  {number:6d} {error}")
-    stage.finish(counts, rows=len(rows), failed=counts.get("failed", 0))
+    stage.finish(counts, rows=len(rows), failed=counts.get("failed", 0), example="see the reasons above")
 
 
 def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace: Workspace) -> Dataset:

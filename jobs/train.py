@@ -118,7 +118,8 @@ def encode(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> Non
     pairs = {split: sum(row["split"] == split and row["status"] == "ok" for row in rows) for split in SPLITS}
     if not pairs["train"]:
         raise UserError(f"no pair of {source.location} can be read: see the reasons above, and run jobs.export_dataset")
-    stage.finish(pairs | {"failed": len(failed)}, rows=len(rows), failed=len(failed))
+    example = f"{failed[0]['pair_id']}: {failed[0]['reason']}" if failed else ""
+    stage.finish(pairs | {"failed": len(failed)}, rows=len(rows), failed=len(failed), example=example)
 
 
 def fit(recipe: Recipe, workspace: Workspace, data: Workspace, name: str) -> ray.train.Checkpoint:

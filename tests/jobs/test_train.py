@@ -41,7 +41,8 @@ def recipe(tiny_sd):
         device="cpu",
         models=Models(text_to_image=ref, clip=ClipRef(name="ViT-B-32", pretrained="openai"), llm=ref, editor=ref),
         captions=GrammarCaptions(),
-        train=Train(steps=4, batch_size=4, resolution=64, checkpoint_every=2, learning_rate=1e-3, max_broken=0.2),
+        max_failed=0.2,
+        train=Train(steps=4, batch_size=4, resolution=64, checkpoint_every=2, learning_rate=1e-3),
         sampling=Sampling(steps=2),
     )
 
@@ -71,7 +72,7 @@ def test_from_dataset_to_diffusers(recipe, tmp_path, local_ray, capsys):
     workspace = Workspace(tmp_path / "run")
     write_dataset(workspace, "train", 5, broken=True)
     write_dataset(workspace, "validation", 3, broken=True)
-    train.run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_broken": 0.5})}), workspace)
+    train.run(recipe.model_copy(update={"max_failed": 0.5}), workspace)
 
     latents = workspace.read_table("latents")
     statuses = sorted(zip(latents["split"].to_pylist(), latents["status"].to_pylist()))
@@ -101,7 +102,7 @@ def test_from_dataset_to_diffusers(recipe, tmp_path, local_ray, capsys):
 
     capsys.readouterr()
     train.run(recipe, workspace)
-    assert "done already" in capsys.readouterr().out
+    assert "is complete" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -360,7 +361,7 @@ def test_too_many_broken_images_end_the_job(recipe, tmp_path, local_ray):
     workspace = Workspace(tmp_path)
     write_dataset(workspace, "train", 4, broken=True)
     with pytest.raises(
-        ValueError, match=r"1 of 4 pairs are unreadable, more than train.max_broken 0.2.*train0: .*empty"
+        ValueError, match=r"1 of 4 rows of .*latents failed, more than max_failed 0.2.*\(train0: .*empty"
     ):
         train.run(recipe, workspace)
 
