@@ -50,7 +50,7 @@ def write_pairs(workspace: Workspace) -> int:
         with workspace.open_out("pairs", f"{part}.parquet") as file:
             pq.write_table(pa.Table.from_pylist(rows[part::4], schema=PAIRS), file)
     count = sum(len(row["pairs"]) for row in rows)
-    workspace.mark_done("pairs", pairs=count)
+    workspace.mark_done("pairs", captions=CAPTIONS, pairs=count)
     return count
 
 
@@ -92,6 +92,6 @@ def test_nothing_to_export_is_refused(recipe, tmp_path):
     workspace = Workspace(tmp_path)
     with pytest.raises(ValueError, match=r"run jobs\.generate_pairs first"):
         export_dataset.run(recipe, workspace)
-    workspace.mark_done("pairs", pairs=0)
+    workspace.mark_done("pairs", captions=1, pairs=0)
     with pytest.raises(ValueError, match=r"lower pairs\.thresholds"):
         export_dataset.run(recipe, workspace)
