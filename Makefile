@@ -10,10 +10,6 @@ VENV := .venv
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 
-# A Ray of this machine alone has no dashboard, and Ray Train says every second that it cannot ask it whether its
-# controller lives. Ray reads what not to print when it is imported.
-export RAY_DEDUP_LOGS_SKIP_REGEX ?= Failed to query Ray Train Controller actor state
-
 .DEFAULT_GOAL := help
 .PHONY: help setup demo reproduce serve submit test test-slow test-gpu requirements sbom clean
 

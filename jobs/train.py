@@ -22,7 +22,7 @@ import ray.train
 import torch
 from ray.data import ActorPoolStrategy, SaveMode
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import get_device
 
 from ip2p.cli import load_settings
 from ip2p.errors import UserError
@@ -39,6 +39,7 @@ from runtime.board import Board
 from runtime.connect import connect, uses_gpu
 from runtime.job import job
 from runtime.mlflow_board import MLflowBoard
+from runtime.trainer import Trainer
 
 CURVE = pa.schema(
     [("step", pa.int64())]
@@ -174,7 +175,7 @@ def fit(recipe: Recipe, workspace: Workspace, data: Workspace) -> ray.train.Chec
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
     same = recipe.train.model_dump(mode="json", exclude=FREE)
     name = "train-" + short_digest([same, recipe.seed, encoded["source"]])
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop_per_worker,
         train_loop_config={"recipe": recipe, "workspace": workspace, "data": data, "cpus": cpus, "name": name},
         scaling_config=ScalingConfig(

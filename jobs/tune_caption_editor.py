@@ -16,7 +16,6 @@ import pyarrow.fs as pafs
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
-from ray.train.torch import TorchTrainer
 from transformers import TrainerCallback
 
 from ip2p.captions.answers import names_type
@@ -30,6 +29,7 @@ from ip2p.records import digest
 from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
 from runtime.job import job
+from runtime.trainer import Trainer
 
 
 def run(recipe: Recipe, workspace: Workspace) -> None:
@@ -91,7 +91,7 @@ def fit(
     gpu = uses_gpu(recipe.device)
     settings = recipe.tune.model_dump(mode="json")
     what = json.dumps([settings, recipe.seed, recipe.models.llm.path, triplets, held_out])
-    result = TorchTrainer(
+    result = Trainer(
         train_loop_per_worker,
         train_loop_config={"recipe": recipe, "triplets": triplets, "held_out": held_out, "gpu": gpu},
         scaling_config=ScalingConfig(num_workers=recipe.tune.workers, use_gpu=gpu),
