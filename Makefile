@@ -10,9 +10,9 @@ VENV := .venv
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 
-# A Ray of this machine alone has no dashboard, and Ray Train says every second that it cannot ask it whether its
-# controller lives. Ray reads what not to print when it is imported.
-export RAY_DEDUP_LOGS_SKIP_REGEX ?= Failed to query Ray Train Controller actor state
+# An environment is what an image has (REQUIREMENTS) and the tests' packages.
+INSTALLER := requirements/uv.txt
+TESTS     := requirements/test.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo reproduce serve submit test test-slow test-gpu requirements sbom clean
@@ -24,11 +24,11 @@ help: ## show this
 
 setup: $(DONE) ## make the environment in .venv
 
-$(DONE): $(REQUIREMENTS)
+$(DONE): $(REQUIREMENTS) $(TESTS) $(INSTALLER)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("make setup needs Python 3.11, not %d.%d: make setup PYTHON=/path/to/python3.11" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet "$$(grep '^uv==' $(REQUIREMENTS))"
-	$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python $(REQUIREMENTS)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --require-hashes --requirement $(INSTALLER)
+	$(BIN)/uv pip sync --require-hashes --compile-bytecode --python $(BIN)/python $(REQUIREMENTS) $(TESTS)
 	touch $@
 
 demo: $(DONE) ## the whole paper in minutes: captions, pairs, dataset, editor, report
@@ -56,12 +56,15 @@ test-slow: $(DONE) ## the tests that take minutes each
 test-gpu: $(DONE) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu --timeout=1800 $(ARGS)
 
-COMPILE := $(BIN)/uv pip compile --python-version 3.11 --override requirements/override.txt \
-           --no-emit-index-url --custom-compile-command "make requirements" --quiet
+COMPILE := $(BIN)/uv pip compile --python-version 3.11 --override requirements/override.txt --generate-hashes \
+           --no-emit-index-url --custom-compile-command "make requirements" --quiet --upgrade
 
-requirements: $(DONE) ## compile requirements/*.txt anew from the .in files
-	$(COMPILE) requirements/cpu.in -o requirements/cpu.txt --upgrade
-	$(COMPILE) requirements/gpu.in -o requirements/gpu.txt --upgrade
+# Runtime first: the tests' packages have to fit it, and never the other way round.
+requirements: $(DONE) ## upgrade the pins of requirements/*.txt from the .in files
+	$(COMPILE) requirements/cpu.in -o requirements/cpu.txt
+	$(COMPILE) requirements/gpu.in -o requirements/gpu.txt
+	$(COMPILE) requirements/uv.in -o $(INSTALLER)
+	$(COMPILE) requirements/test.in $(foreach pins,cpu gpu uv,-c requirements/$(pins).txt) -o $(TESTS)
 
 SBOM := requirements/cpu.txt requirements/gpu.txt
 sbom: $(DONE) ## bills of materials of the pinned packages (CycloneDX): sbom-cpu.json, sbom-gpu.json

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, Sta
 from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings, CliApp, CliImplicitFlag, SettingsConfigDict
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import get_device
 from rich.console import Console
 from rich.table import Table
 from transformers import CLIPTokenizer
@@ -32,6 +32,7 @@ from ip2p.models import load_clip
 from ip2p.recipe import ClipRef
 from jobs.train import threads_per_worker
 from runtime.connect import connect
+from runtime.trainer import Trainer
 
 WEIGHTS = Path(__file__).parent.parent / "ip2p" / "miniature" / "weights"
 Name = Literal["autoencoder", "text_to_image", "clip", "language_model"]
@@ -109,7 +110,7 @@ def train_all(settings: Settings) -> None:
         raise UserError("--workers: the language model trains on one worker; give --models without it, or --workers 1")
     cpus = max(1, int(ray.cluster_resources()["CPU"]) // settings.workers)
     for name in settings.models:
-        TorchTrainer(
+        Trainer(
             train_one,
             train_loop_config={"name": name, "settings": settings, "cpus": cpus},
             scaling_config=ScalingConfig(

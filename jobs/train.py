@@ -18,7 +18,7 @@ import ray.train
 import torch
 from ray.data import ActorPoolStrategy, SaveMode
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import get_device
 
 from ip2p.cli import StageFlags, load_settings
 from ip2p.errors import UserError
@@ -39,6 +39,7 @@ from runtime.connect import connect, uses_gpu
 from runtime.exit import user_error_in
 from runtime.job import job
 from runtime.mlflow_board import MLflowBoard
+from runtime.trainer import Trainer
 
 CURVE = pa.schema(
     [("step", pa.int64())]
@@ -139,7 +140,7 @@ def fit(recipe: Recipe, workspace: Workspace, data: Workspace, name: str) -> ray
     if recipe.train.compile and not gpu:
         print("train: train.compile is for GPUs and is ignored: on CPUs it takes minutes and gains nothing")
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop_per_worker,
         train_loop_config={"recipe": recipe, "workspace": workspace, "data": data, "cpus": cpus, "name": name},
         scaling_config=ScalingConfig(

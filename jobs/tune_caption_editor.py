@@ -14,7 +14,6 @@ import pyarrow.fs as pafs
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
-from ray.train.torch import TorchTrainer
 from transformers import TrainerCallback
 
 from ip2p.captions.answers import names_type
@@ -29,6 +28,7 @@ from ip2p.stage import Stage, short_digest
 from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
 from runtime.job import job
+from runtime.trainer import Trainer
 
 
 def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
@@ -87,7 +87,7 @@ def fit(
 ) -> tuple[ray.train.Checkpoint, dict[str, Any]]:
     """Tune on Ray Train; returns the last checkpoint and its metrics."""
     gpu = uses_gpu(recipe.device)
-    result = TorchTrainer(
+    result = Trainer(
         train_loop_per_worker,
         train_loop_config={"recipe": recipe, "triplets": triplets, "held_out": held_out, "gpu": gpu},
         scaling_config=ScalingConfig(num_workers=recipe.tune.workers, use_gpu=gpu),

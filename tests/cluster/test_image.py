@@ -1,7 +1,9 @@
-"""cluster/Dockerfile by what can be read of it; building it needs Docker."""
+"""cluster/Dockerfile and requirements/ by what can be read of them; building needs Docker."""
 
+import importlib.util
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +11,9 @@ import yaml
 from ip2p.recipe import REPOSITORY
 
 DOCKERFILE = REPOSITORY / "cluster" / "Dockerfile"
+REQUIREMENTS = REPOSITORY / "requirements"
+# vLLM and Ray depend on these; what the tests use of them comes with the runtime.
+ALSO_RUNTIME = {"openai", "jsonschema"}
 
 
 @dataclass
@@ -50,6 +55,45 @@ def instructions(stage: Stage) -> list[tuple[str, str]]:
     return [*(instructions(base) if base else []), *stage.body]
 
 
+def pins(name: str) -> dict[str, str]:
+    """The exact version of each package that requirements/<name>.txt installs."""
+    return dict(re.findall(r"^([a-z0-9.-]+)==([^\s;]+)", (REQUIREMENTS / f"{name}.txt").read_text(), re.M))
+
+
+def named_in(name: str) -> set[str]:
+    """The packages that requirements/<name>.in and the files that it includes name."""
+    text = (REQUIREMENTS / f"{name}.in").read_text()
+    included = (named_in(other) for other in re.findall(r"^-r (\w+)\.in$", text, re.M))
+    names = re.findall(r"^\w[\w-]*", text, re.M)
+    return {name.lower().replace("_", "-") for name in names}.union(*included)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "test", "uv"])
+def test_every_package_is_pinned_with_hashes_and_without_an_index(name):
+    text = (REQUIREMENTS / f"{name}.txt").read_text()
+    packages = re.sub(r"^ *#.*\n", "", text, flags=re.M).replace("\\\n", "").splitlines()
+    assert len(packages) == len(pins(name)) > 0
+    for package in packages:
+        assert re.fullmatch(r"[^=\s]+==[^;]+(; [^-]+)?( +--hash=sha256:[0-9a-f]{64})+", package), package
+    assert named_in(name) <= set(pins(name))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_the_image_has_no_test_packages(kind):
+    tools = {"pytest", "playwright", "moto", "hypothesis", "ruff", "pyright", "uv"}
+    assert tools | ALSO_RUNTIME <= named_in("test")
+    assert named_in("test") & set(pins(kind)) == ALSO_RUNTIME
+    assert named_in("test").isdisjoint(named_in(kind))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_developers_have_the_versions_of_the_image(kind):
+    image, tests = pins(kind), pins("test")
+    shared = set(image) & set(tests)
+    assert {"boto3", "openai"} <= shared
+    assert {name: image[name] for name in shared} == {name: tests[name] for name in shared}
+
+
 def test_there_is_an_image_for_cpus_and_one_for_gpus():
     assert [stage.name for stage in final_stages()] == ["cpu", "gpu"]
 
@@ -78,16 +122,33 @@ def test_bases_are_pinned():
 def test_packages_are_the_pinned_ones(kind):
     commands = [text for name, text in stages()[f"build-{kind}"].body if name == "RUN"]
     assert len(commands) == 1
-    assert re.search(rf"uv pip sync --python \S+ /requirements/{kind}\.txt$", commands[0])
+    assert re.search(rf"uv pip sync --require-hashes --python \S+ /requirements/{kind}\.txt$", commands[0])
     assert ("COPY", f"--from=build-{kind} /opt/venv /opt/venv") in stages()[kind].body
     # Nothing else installs packages but uv itself, by its pin.
     installs = [
         text for stage in stages().values() for name, text in stage.body if name == "RUN" and "pip install" in text
     ]
     assert len(installs) == 1
-    assert "grep '^uv==' /requirements/cpu.txt" in installs[0]
-    uv = [re.search("^uv==.*$", (REPOSITORY / f"requirements/{k}.txt").read_text(), re.M)[0] for k in ("cpu", "gpu")]  # pyright: ignore
-    assert uv[0] == uv[1]
+    assert "--require-hashes --requirement /requirements/uv.txt" in installs[0]
+    assert pins("uv")["uv"] == pins("test")["uv"]
+
+
+def test_vllm_starts_on_gpus_without_a_cuda_compiler():
+    """FlashInfer's sampler is compiled by nvcc on first use, which vLLM's warm-up is."""
+    (gpu,) = (stage for stage in final_stages() if stage.name == "gpu")
+    environment = [argument for name, argument in instructions(gpu) if name == "ENV"]
+    assert "VLLM_USE_FLASHINFER_SAMPLER=0" in " ".join(environment).split()
+    # vLLM has many such variables. This one decides, by its name in the version that is pinned.
+    vllm = importlib.util.find_spec("vllm")
+    assert vllm and vllm.origin
+    sampler = Path(vllm.origin).parent / "v1/sample/ops/topk_topp_sampler.py"
+    assert "if not envs.VLLM_USE_FLASHINFER_SAMPLER:" in sampler.read_text()
+
+
+@pytest.mark.parametrize("stage", final_stages(), ids=lambda stage: stage.name)
+def test_kernels_can_be_compiled_at_run_time(stage):
+    packages = " ".join(text for name, text in instructions(stage) if name == "RUN" and "apt-get install" in text)
+    assert "g++" in packages.split()
 
 
 def test_weights_and_secrets_are_not_baked_in():

@@ -21,6 +21,7 @@ import yaml
 
 from ip2p.cli import load_settings
 from ip2p.recipe import REPOSITORY
+from tests.cluster.test_image import pins
 
 KUBERAY = REPOSITORY / "cluster" / "kuberay"
 CRDS = Path(os.environ.get("KUBERAY_CRDS", REPOSITORY.parent / "shared" / "kuberay-crds"))
@@ -303,12 +304,9 @@ def test_requests_are_within_limits(overlay):
 @needs_kubectl
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_heads_have_no_cpus_for_tasks_and_pools_shrink_to_nothing(overlay):
-    pins = dict(
-        line.split("==") for line in (REPOSITORY / "requirements/gpu.txt").read_text().splitlines() if "==" in line
-    )
     for manifest in ray_manifests(overlay).values():
         cluster = cluster_of(manifest)
-        assert cluster["rayVersion"] == pins["ray"]
+        assert cluster["rayVersion"] == pins("gpu")["ray"]
         assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         assert cluster["enableInTreeAutoscaling"]
         for name, pool in pools(manifest).items():

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import yaml
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from ray._private.ray_constants import KV_NAMESPACE_DASHBOARD
+from ray.train import ScalingConfig
 from skimage import data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,6 +31,7 @@ from ip2p.records import DATASET, caption_id, split_of
 from ip2p.workspace import Workspace
 from jobs import train
 from runtime.mlflow_board import MLflowBoard
+from runtime.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PHOTOS = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
@@ -100,9 +104,26 @@ def test_from_dataset_to_diffusers(recipe, tmp_path, local_ray, capsys):
     assert np.abs(255 - before.astype(int) - after).mean() < 8, "the pair's own images; one is a JPEG"
     assert not np.array_equal(edited, before) and not np.array_equal(sheets[0], sheets[1])
 
-    capsys.readouterr()
+    printed = "".join(capsys.readouterr())
+    assert "RayTrainWorker" in printed, "the workers' lines are among them"
+    assert "Failed to query" not in printed, "this Ray has no dashboard to query"
     train.run(recipe, workspace)
     assert "is complete" in capsys.readouterr().out
+
+
+def test_the_cleaner_runs_where_there_is_a_dashboard_to_ask(local_ray):
+    def has_cleaner() -> bool:
+        trainer = Trainer(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+        names = [type(callback).__name__ for callback in trainer._create_default_callbacks()]
+        return "PlacementGroupCleanerCallback" in names
+
+    assert not has_cleaner()
+    address = partial(ray._private.worker.global_worker.gcs_client.internal_kv_put, b"webui:url")
+    address(b"127.0.0.1:8265", True, KV_NAMESPACE_DASHBOARD)
+    try:
+        assert has_cleaner()
+    finally:
+        address(b"", True, KV_NAMESPACE_DASHBOARD)
 
 
 @pytest.mark.slow
