@@ -28,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ip2p import images
 from ip2p.recipe import ClipRef, GrammarCaptions, MLflow, ModelRef, Models, Recipe, Sampling, Train
 from ip2p.records import DATASET, caption_id, split_of
+from ip2p.train.checkpoint import save
 from ip2p.workspace import Workspace
 from jobs import train
 from runtime.mlflow_board import MLflowBoard
@@ -265,41 +266,24 @@ def test_what_is_killed_goes_on_and_ends_as_if_nothing_had_happened(victim, long
 def checkpoint_of(folder: Path, step: int) -> ray.train.Checkpoint:
     path = folder / f"step-{step:07d}"
     path.mkdir(parents=True)
-    train.save_checkpoint({"step": step, "x": torch.ones(1000)}, [{"step": step}], str(path))
+    save({"step": step, "x": torch.ones(1000)}, [{"step": step}], str(path))
     return ray.train.Checkpoint.from_directory(path)
 
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_loads(tmp_path, capsys):
     for step in (20, 40):
         checkpoint = checkpoint_of(tmp_path, step)
-    state, curve, again = train.go_on_from(checkpoint, "cpu")
+    state, curve, again = train.load_last_readable_checkpoint(checkpoint, "cpu")
     assert state is not None and state["step"] == 40 and curve == [{"step": 40}] and again == ""
     file = tmp_path / "step-0000040" / "state.pt"
     file.write_bytes(file.read_bytes()[:-500])
-    state, curve, again = train.go_on_from(checkpoint, "cpu")
+    state, curve, again = train.load_last_readable_checkpoint(checkpoint, "cpu")
     assert state is not None and state["step"] == 20 and curve == [{"step": 20}]
     assert again, "Ray removes the broken one by its name"
-    assert re.search(r"step-0000040/state.pt is broken \(.+\); going on from the one before", capsys.readouterr().out)
+    assert re.search(r"step-0000040 is broken \(.+\): resuming from the one before", capsys.readouterr().out)
     (tmp_path / "step-0000020" / "state.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"no checkpoint in {tmp_path} can be read: remove that folder"):
-        train.go_on_from(checkpoint, "cpu")
-
-
-def test_a_full_disk_says_what_to_do(tmp_path):
-    """In a process that may write no more than 100 kB to a file."""
-    limited = (
-        "import resource, signal, sys, torch\n"
-        "from jobs import train\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "train.save_checkpoint({'step': 40, 'x': torch.ones(100_000)}, [], sys.argv[1])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", limited, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 1
-    assert f"OSError: the checkpoint of step 40 could not be written to {tmp_path}" in done.stderr
-    assert "make room there" in done.stderr and "goes on from the checkpoint before" in done.stderr
+    with pytest.raises(ValueError, match=f"no checkpoint in {tmp_path} can be read: --overwrite"):
+        train.load_last_readable_checkpoint(checkpoint, "cpu")
 
 
 def test_mlflow_has_what_the_board_has(recipe, tmp_path, monkeypatch):
