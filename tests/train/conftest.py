@@ -12,7 +12,7 @@ from pyarrow.fs import LocalFileSystem
 from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Recipe, Train
 from ip2p.train.encode import LATENTS, token_ids
-from ip2p.train.latents import LatentPairs, lay_out
+from ip2p.train.latents import LatentPairs, write_local_cache
 from ip2p.train.unet import widen_conv_in
 
 
@@ -32,7 +32,7 @@ def open_pairs(
     paths = [str(folder / "b.parquet"), str(folder / "a.parquet")]
     for path, part in zip(paths, (rows[::2], rows[1::2])):
         pq.write_table(pa.Table.from_pylist(part, schema=LATENTS), path)
-    lay_out(LocalFileSystem(), paths, "train", folder / "train", fraction, seed)
+    write_local_cache(LocalFileSystem(), paths, "train", folder / "train", fraction, seed)
     return LatentPairs(folder / "train", one_per_caption)
 
 
