@@ -153,7 +153,7 @@ class Lease:
     def release(self) -> None:
         """Let the next run start. Exits the process when that cannot be written."""
         self._done.set()
-        self._heartbeats.join()
+        self._watchdog.join()
 
     def _write_heartbeats(self) -> None:
         while not self._owner.released:

@@ -32,7 +32,15 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        """Read the request's body. pyarrow sends chunks, boto3 a length."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response_only(status)
@@ -61,11 +69,9 @@ class ProxyHandler(Handler):
             server.resumed.wait()
         if server.mode == "refuse" and conditional:
             return self.answer(501, b"<Error><Code>NotImplemented</Code></Error>")
-        dropped = CONDITIONS if server.mode == "ignore" else ()
+        dropped = ("transfer-encoding", *(CONDITIONS if server.mode == "ignore" else ()))
         headers = [(k, v) for k, v in self.headers.items() if k.lower() not in dropped]
-        answer = server.client.request(
-            self.command, server.upstream + self.path, headers=headers, content=body
-        )
+        answer = server.client.request(self.command, server.upstream + self.path, headers=headers, content=body)
         if server.mode == "lose" and conditional:
             server.mode = "pass"
             return self.answer(503, b"<Error><Code>ServiceUnavailable</Code></Error>")
@@ -116,7 +122,7 @@ class Proxy(Server):
 class GcsHandler(Handler):
     """Reads and conditional uploads of Cloud Storage's JSON API."""
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         name = unquote(urlsplit(self.path).path.rsplit("/o/", 1)[1])
         found = self.server.objects.get(name)
         if found is None:
@@ -124,7 +130,7 @@ class GcsHandler(Handler):
         content, generation, written = found
         return self.answer(200, content, x_goog_generation=str(generation), Last_Modified=written)
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         body, server = self.body(), self.server
         query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
         if server.failures:

@@ -79,7 +79,7 @@ def test_a_removed_file_has_changed(s3_environment, monkeypatch):
 def test_a_store_without_conditional_writes_is_recognised(proxy, mode):
     proxy.mode = mode
     file = atomic_file.atomic_file(Workspace("s3://bucket/run"), "a.json")
-    with pytest.raises(UnsupportedError, match="was ignored|NotImplemented"):
+    with pytest.raises(UnsupportedError, match=r"was ignored|NotImplemented"):
         file.write("1", None)
 
 
