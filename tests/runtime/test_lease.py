@@ -329,12 +329,18 @@ def test_gcs_holds_one_run(python, holder, monkeypatch, capsys):
         assert owner(workspace).released
 
 
-@pytest.mark.parametrize("store", ["s3", "folder"])
+@pytest.fixture(params=["s3", "folder"])
+def root(request, tmp_path, monkeypatch):
+    """Where workspaces lie in turn."""
+    if request.param == "folder":
+        return str(tmp_path)
+    server = request.getfixturevalue("bucket").upstream  # without the proxy
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    return "s3://bucket"
+
+
 @pytest.mark.parametrize("earlier", ["none", "killed"])
-def test_of_two_runs_that_start_together_one_becomes_the_owner(store, earlier, tmp_path, bucket, python):
-    root = "s3://bucket" if store == "s3" else str(tmp_path)
-    if store == "s3":  # without the proxy
-        monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.upstream)
+def test_of_two_runs_that_start_together_one_becomes_the_owner(root, earlier, python):
     runs = [python(RACE), python(RACE)]
     for trial in range(TRIALS):
         workspace = Workspace(f"{root}/{trial}")
