@@ -71,7 +71,8 @@ class ProxyHandler(Handler):
             return self.answer(501, b"<Error><Code>NotImplemented</Code></Error>")
         dropped = ("transfer-encoding", *(CONDITIONS if server.mode == "ignore" else ()))
         headers = [(k, v) for k, v in self.headers.items() if k.lower() not in dropped]
-        answer = server.client.request(self.command, server.upstream + self.path, headers=headers, content=body)
+        url = server.upstream + self.path
+        answer = server.client.request(self.command, url, headers=headers, content=body)
         if server.mode == "lose" and conditional:
             server.mode = "pass"
             return self.answer(503, b"<Error><Code>ServiceUnavailable</Code></Error>")
