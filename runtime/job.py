@@ -11,12 +11,12 @@ from ray._common.formatters import JSONFormatter
 
 from ip2p.workspace import Workspace
 from runtime.exit import exit_statuses
-from runtime.lease import SUBMISSION, held
+from runtime.lease import SUBMISSION, Lease, held
 
 
 @contextmanager
-def job(name: str, workspace: Workspace) -> Iterator[None]:
-    """Run the job `name`, which writes to `workspace`, inside this.
+def job(name: str, workspace: Workspace) -> Iterator[Lease]:
+    """Run the job `name`, which writes to `workspace`, inside this. Yields its lease.
 
     Takes the workspace before anything starts, and maps the end of the block to an exit status.
     """
@@ -24,8 +24,7 @@ def job(name: str, workspace: Workspace) -> Iterator[None]:
         if wants_json():
             around.enter_context(redirect_stdout(JsonLines(name)))  # pyright: ignore[reportArgumentType]
         around.enter_context(exit_statuses(resumable=True))
-        around.enter_context(held(workspace, name))
-        yield
+        yield around.enter_context(held(workspace, name))
 
 
 def wants_json() -> bool:

@@ -93,8 +93,11 @@ def test_no_server_is_told(capsys):
 
 
 def held_elsewhere(workspace: Workspace) -> None:
-    owner = {"token": "x", "job": "train", "submission": None, "host": "elsewhere 1", "pid": 1, "since": "yesterday"}
-    lease.write(workspace, owner)
+    owner = lease.Owner(
+        token="x", epoch=1, job="train", submission=None, host="elsewhere 1", pid=1, process_started=0.0,
+        cluster=None, since="yesterday", life=lease.SHORTEST_LIFE,
+    )  # fmt: skip
+    workspace.write(owner.format(), lease.OWNER)
 
 
 def until(condition, what: str) -> None:
@@ -136,7 +139,7 @@ def test_a_job_is_followed_never_doubled_and_told_when_done(jobs_server, tmp_pat
     assert f"{name} is submitted" in err
     for log in (out, second.out):
         assert log.count("sign of life") == 1 and log.count("dataset is complete") == 1, "each line once"
-    assert lease.read(workspace) is None
+    assert '"released": true' in workspace.open_in(lease.OWNER).read().decode()
     assert call(jobs_server, workspace) == 0
     assert f"{name} is done already" in capsys.readouterr().err
     assert len(client.list_jobs()) == 1
