@@ -107,7 +107,13 @@ class Owner:
 
     @staticmethod
     def parse(content: str) -> "Owner":
-        return Owner(**json.loads(content))
+        """Raises `UserError` for a record of another version of this project."""
+        try:
+            return Owner(**json.loads(content))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{OWNER} is not a record of this version ({error}): when no run writes there, remove it"
+            ) from error
 
     def format(self) -> str:
         return json.dumps(asdict(self), indent=2)
