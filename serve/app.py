@@ -157,7 +157,7 @@ class EditService:
         if isinstance(ends[0], Exception):
             raise ends[0]
         assert job.started is not None
-        yield EditResult(ends[0], self.description, job.started - job.since)
+        yield EditResult(ends[0], self.description, job.started - job.submitted)
 
 
 class Flags(BaseModel):

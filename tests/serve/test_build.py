@@ -105,7 +105,7 @@ def test_changed_version_has_another_label(tmp_path):
     ("serve", "says"),
     [
         ({"version": "three"}, "versions/three"),
-        ({"version": "one", "canary": {"version": "one"}}, "name another version"),
+        ({"version": "one", "canary": {"version": "one"}}, "name another one"),
         ({"replicas": (2, 1)}, "low <= high"),
         ({"canary": {"version": "one", "share": 2}}, "less than or equal to 1"),
     ],
