@@ -13,7 +13,8 @@ MAX_RETRY_AFTER = 60.0  # seconds
 class Pace:
     """A moving average of the seconds between two completed edits."""
 
-    SHARE, LONGEST = 0.1, 10.0  # weight of the newest interval, and its cap: an idle hour is no pace
+    WEIGHT = 0.1  # of the newest interval
+    LONGEST = 10.0  # cap of an interval, so that an idle hour does not count
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.seconds = 1.0
@@ -24,7 +25,7 @@ class Pace:
         """Record a completed edit."""
         now = self._clock()
         if self._last is not None:
-            self.seconds += self.SHARE * (min(now - self._last, self.LONGEST) - self.seconds)
+            self.seconds += self.WEIGHT * (min(now - self._last, self.LONGEST) - self.seconds)
         self._last = now
 
 

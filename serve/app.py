@@ -1,8 +1,8 @@
-"""Serve an editor over HTTP on Ray Serve: POST /v1/images/edits as OpenAI's API, POST /v1/edits, and a page at /.
+"""Serve an editor over HTTP: POST /v1/images/edits as OpenAI's API, POST /v1/edits, a page at /.
 
-An ingress without a model reads requests and asks engines. Each engine fills one UNet with the edits of many requests.
-The editor is the one that --workspace trained, or the recipe's shipped one. Clients need a key from --keys, unless
---open restricts the service to this machine.
+An ingress without a model reads requests and asks engines. Each engine fills one UNet with the
+edits of many requests. The editor is the one that --workspace trained, or the recipe's shipped one.
+Clients need a key from --keys, unless --open restricts the service to this machine.
 """
 
 import asyncio
@@ -116,10 +116,10 @@ class EditService:
     async def follow(
         self, request: EditRequest, seconds: float, preview_every: int | None = None
     ) -> AsyncIterator[EditProgress | EditResult]:
-        """Yield the progress of an edit, then its result. With `preview_every` None, only the result.
+        """Yield the progress of an edit, then its result.
 
-        Unread progress events are coalesced. Closing the iterator cancels the edit and frees its
-        slot. Raises as `edit` does.
+        With `preview_every` None, yield only the result. Unread progress events are coalesced.
+        Closing the iterator cancels the edit and frees its slot. Raises as `edit` does.
         """
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         unread: list[EditProgress] = []
@@ -224,7 +224,7 @@ def application(
 
 
 def autoscaling(recipe: Recipe) -> AutoscalingConfig:
-    """Return the scaling of engines by edits in flight: as many engines as keep every batch full."""
+    """Scale engines by edits in flight, to as many as keep every batch full."""
     fewest, most = recipe.serve.replicas
     return AutoscalingConfig(
         min_replicas=fewest,
@@ -246,16 +246,17 @@ def label(recipe: Recipe, workspace: Workspace | None, version: str) -> str:
         return version
     folder = version_folder(version)
     if workspace is None or not workspace.exists(*folder, "model_index.json"):
-        where = f"{workspace.location}/{'/'.join(folder)}" if workspace else "there is no workspace"
-        raise UserError(f"serve.version {version!r}: no editor in {where}; jobs.train writes one")
+        problem = f"no editor in {workspace.location}/{'/'.join(folder)}" if workspace else "no --workspace"
+        raise UserError(f"serve.version: {version!r} can't be served: {problem}; jobs.train writes editors")
     infos = workspace.fs.get_file_info(FileSelector(workspace.path(*folder), recursive=True))
     facts = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.type == FileType.File)
     return f"{version}@{hashlib.blake2b(repr(facts).encode(), digest_size=4).hexdigest()}"
 
 
 def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int, keys: list[Key] | None = None) -> None:
-    """Deploy the endpoint, or a change to it, on the running Ray or on a local one. Return when it is ready.
+    """Deploy the endpoint, or a change to it, and return when it is ready.
 
+    It runs on the cluster of RAY_ADDRESS, else on a local Ray.
     Without keys the service is open, and `host` must be a loopback address. Raises `UserError`.
     """
     if keys is None and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):

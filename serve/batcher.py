@@ -1,8 +1,8 @@
 """The continuous batcher: a thread that fills each UNet call with the edits of many requests.
 
-An edit joins at any step and leaves when it is done, cancelled or late. Edits with different steps, scales, seeds,
-solvers and negative prompts share a call. Edits of one latent shape form a bucket, and the bucket that has used the
-least device time is stepped next.
+An edit joins at any step and leaves when it is done, cancelled or late. Edits with different steps,
+scales, seeds, solvers and negative prompts share a call. Edits of one latent shape form a bucket,
+and the bucket that has used the least device time is stepped next.
 """
 
 import threading
@@ -84,7 +84,7 @@ class Batcher:
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Free the edit's slot at the next step, without calling `done`. A completed edit is ignored."""
+        """Free an edit's slot at the next step without calling `done`. Ignores a completed edit."""
         with self._wake:
             self._cancelled.add(job)
             self._wake.notify()
@@ -154,7 +154,10 @@ class Batcher:
             job.done(LateError())
 
     def _turn(self, bucket: _Bucket) -> None:
-        """Step a bucket once. Out of memory halves the batch and restarts its edits, which are seeded."""
+        """Step a bucket once.
+
+        Out of memory halves the batch and restarts its edits, whose seeds give the same results.
+        """
         try:
             self._admit(bucket)
             finished = bucket.engine.step()

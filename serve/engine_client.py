@@ -18,8 +18,10 @@ from serve.batcher import DeadEngineError, LateError
 from serve.errors import RefusedError
 from serve.metrics import Metrics
 
-ATTEMPTS = 4  # of one edit, so that an edit that kills engines kills no more than that
-PAUSES = (0.0, 1.0, 3.0, 6.0)  # seconds before a retry: Serve replaces a dead engine after its next health checks
+# An edit that kills its engine kills no more than this many.
+ATTEMPTS = 4
+# Seconds before each retry. Serve replaces a dead engine after its next health checks.
+PAUSES = (0.0, 1.0, 3.0)
 GENERIC_MODELS = ("editor", "ip2p")  # OpenAI's clients must name some model
 TRANSIENT = (RayActorError, WorkerCrashedError, ObjectLostError, DeploymentUnavailableError, DeadEngineError)
 

@@ -1,6 +1,6 @@
 """People's opinions of edits, in append-only parquet files of the workspace's feedback/.
 
-The id of an edit holds its settings, signed, so that any ingress can read it at any time without stored state.
+The id of an edit holds its settings, signed, so that any ingress can read it without stored state.
 """
 
 import base64
@@ -26,12 +26,15 @@ SIGNATURE_BYTES = 12
 
 
 def image_id(image: np.ndarray) -> str:
-    """Return a hash of the pixels, uint8 (H, W, 3), as 16 hex digits. The file format does not matter."""
+    """Return a hash of the pixels, uint8 (H, W, 3), as 16 hex digits."""
     return hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).data, digest_size=8).hexdigest()
 
 
 def signing_secret(workspace: Workspace | None) -> bytes:
-    """Return the workspace's signing secret, creating it on first use. Without a workspace, return a random one."""
+    """Return the workspace's signing secret, creating it on first use.
+
+    Without a workspace, return a random one.
+    """
     if workspace is None:
         return secrets.token_bytes(32)
     if not workspace.exists(FOLDER, SECRET):

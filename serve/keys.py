@@ -4,7 +4,8 @@ A keys file (YAML or JSON), or the same text in IP2P_SERVE_KEYS:
 
     - {name: shop, sha256: 9f86d0…, edits_per_minute: 600, concurrent_edits: 64}
 
-`python -m serve.keys NAME >> keys.yaml` creates a key, shows it on the terminal, and appends its hash to the file.
+`python -m serve.keys NAME >> keys.yaml` creates a key, shows it on the terminal, and appends its
+hash to the file.
 """
 
 import argparse
@@ -41,7 +42,7 @@ KEYS = TypeAdapter(Annotated[list[Key], Field(min_length=1)])
 
 
 def read_keys(path: str | None) -> list[Key]:
-    """Return the keys in the file at `path`, or by default in IP2P_SERVE_KEYS. Raises `UserError`."""
+    """Return the keys in the file at `path`, by default in IP2P_SERVE_KEYS. Raises `UserError`."""
     source = path or f"${VARIABLE}"
     try:
         text = Path(path).read_text() if path else os.environ.get(VARIABLE, "")
@@ -74,7 +75,7 @@ class Client:
         self.tokens, self.filled, self.running = self.burst, clock(), 0
 
     def charge(self, edits: float) -> None:
-        """Take tokens, one per edit, from a bucket that refills with time. Raises `RefusedError`."""
+        """Take a token per edit from a bucket that refills with time. Raises `RefusedError`."""
         now = self.clock()
         self.tokens = min(self.burst, self.tokens + (now - self.filled) * self.rate)
         self.filled = now
@@ -109,7 +110,10 @@ class Clients:
         self.clients = None if keys is None else [Client(key, ingresses) for key in keys]
 
     def of(self, authorization: str | None) -> Client | None:
-        """Return the client of an Authorization header, None if the endpoint is open. Raises `RefusedError`."""
+        """Return the client of an Authorization header, None if the endpoint is open.
+
+        Raises `RefusedError` (401).
+        """
         if self.clients is None:
             return None
         scheme, _, given = (authorization or "").partition(" ")

@@ -44,7 +44,10 @@ ModelVersion = Annotated[str | None, Header(description="one of /v1/models; take
 
 
 async def run_all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run coroutines concurrently and return their results in order. The first failure cancels the others."""
+    """Run coroutines concurrently and return their results in order.
+
+    The first failure cancels the others and is raised.
+    """
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(work) for work in works]

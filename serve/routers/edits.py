@@ -46,7 +46,10 @@ async def edit(
     asked: EditsRequest,
     x_model_version: ModelVersion = None,
 ):
-    """Makes several edits of one image. `stream` sends events: progress, preview, result, error, done."""
+    """Makes several edits of one image.
+
+    With `stream`, the answer is events: `progress`, `preview`, `result`, `error`, `done`.
+    """
     version = gateway.engines.choose(x_model_version, asked.model)
     deadline = time.monotonic() + (asked.deadline_s or gateway.longest_edit)
     until_answered.enter_context(gateway.admission.admit(client, len(asked.edits)))
@@ -84,7 +87,7 @@ class _Edits:
         return await self._finish(index, result)
 
     async def events(self, preview_every: int) -> AsyncIterator[str]:
-        """Yield server-sent events of all edits as they arrive. Closing the iterator cancels the edits."""
+        """Yield server-sent events as they arrive. Closing the iterator cancels the edits."""
         queue: asyncio.Queue[Event] = asyncio.Queue()
         task = asyncio.create_task(self._follow_all(preview_every, queue))
         try:
@@ -101,7 +104,7 @@ class _Edits:
         queue.put_nowait(("done", {}))
 
     async def _follow_safely(self, index: int, preview_every: int, queue: asyncio.Queue[Event]) -> None:
-        """Put an edit's events into the queue. A failure is an event too: the other edits continue."""
+        """Put an edit's events into the queue. A failure is an event, so other edits continue."""
         try:
             await self._follow(index, preview_every, queue)
         except RefusedError as error:

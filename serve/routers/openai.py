@@ -119,7 +119,7 @@ def _settings(request: EditRequest) -> dict[str, Any]:
 
 
 def _png(finished: _Finished) -> Response:
-    """Return the picture itself, with its settings as headers: `num_inference_steps` as x-num-inference-steps."""
+    """Return the picture itself, with its settings as headers, e.g. x-num-inference-steps."""
     facts = _settings(finished.request) | {
         "model_version": finished.result.engine.version,
         "edit_id": finished.edit_id,

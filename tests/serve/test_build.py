@@ -1,4 +1,4 @@
-"""The application that a Serve config file names, built as Serve builds it: connected to Ray, here with two GPUs."""
+"""The application as Serve builds it for a config file: connected to Ray, here with two GPUs."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ip2p.cli import read_recipe
 from ip2p.recipe import REPOSITORY
 from ip2p.workspace import Workspace
 from runtime.connect import connect
-from serve.app import ApplicationArgs, application, build, engine_resources, label
+from serve.app import ApplicationArgs, application, build, engine_resources, label, main
 from serve.keys import VARIABLE
 from tests.serve.conftest import make_key
 
@@ -165,3 +165,18 @@ def test_gpu_manifest_asks_for_what_a_canary_gets():
 def test_wrong_arguments_are_rejected(args, message):
     with pytest.raises((ValidationError, ValueError), match=message):
         call_user_app_builder_with_args_if_necessary(build, args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--open", "--host", "0.0.0.0"], "error: --open serves this machine only; use --host 127.0.0.1"),
+        (["--keys", "nowhere.yaml"], "error: --keys nowhere.yaml: "),
+        (["--open", "--serve.version", "three"], "error: serve.version: 'three' can't be served: no --workspace"),
+    ],
+)
+def test_users_mistake_ends_the_command_with_status_2_and_one_line(capsys, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["--recipe", RECIPE, *flags])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
