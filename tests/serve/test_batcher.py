@@ -136,7 +136,7 @@ def test_sizes_share_the_device(batcher):
     batcher.submit(wide.job)
     gate.set()
     square.result.result(60)
-    assert len(wide.steps) > 3
+    assert wide.steps
     wide.result.result(60)
 
 
