@@ -46,7 +46,7 @@ from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import Recipe, locate
 from runtime.connect import connect
 from serve.app import EditIngress, application
-from serve.front import Description, Made
+from serve.engine_client import Description, EditResult
 
 STEPS = (10, 20, 30, 50)
 SHORT = STEPS[0]
@@ -148,12 +148,12 @@ class OneByOne(Pipeline):
         super().__init__(recipe)
         self.turn = asyncio.Lock()
 
-    async def edit(self, request: EditRequest, seconds: float) -> Made:  # noqa: ARG002
+    async def edit(self, request: EditRequest, seconds: float) -> EditResult:  # noqa: ARG002
         since = time.monotonic()
         async with self.turn:
             waited = time.monotonic() - since
             (result,) = await asyncio.to_thread(self.run, [request])
-        return Made(result, self.description, waited)
+        return EditResult(result, self.description, waited)
 
 
 @serve.deployment
@@ -162,8 +162,8 @@ class EqualOnes(Pipeline):
         super().__init__(recipe)
         self.together.set_max_batch_size(self.batch_size)
 
-    async def edit(self, request: EditRequest, seconds: float) -> Made:  # noqa: ARG002
-        return Made(await self.together(request), self.description, 0.0)
+    async def edit(self, request: EditRequest, seconds: float) -> EditResult:  # noqa: ARG002
+        return EditResult(await self.together(request), self.description, 0.0)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.02)
     async def together(self, requests: list[EditRequest]) -> list[np.ndarray]:

@@ -1,20 +1,18 @@
-"""The editor behind HTTP on Ray Serve: POST /v1/images/edits as OpenAI's, POST /v1/edits, and a page to try it at /.
+"""Serve an editor over HTTP: POST /v1/images/edits as OpenAI's API, POST /v1/edits, a page at /.
 
-An ingress (no model) reads requests and asks engines, which keep one UNet full with everybody's edits.
-Serves the editor of --workspace when it has one, else the recipe's shipped editor. Clients need a key of --keys, unless
---open says that this machine alone is served.
+An ingress without a model reads requests and asks engines. Each engine fills one UNet with the
+edits of many requests. The editor is the one that --workspace trained, or the recipe's shipped one.
+Clients need a key from --keys, unless --open restricts the service to this machine.
 """
 
 import asyncio
 import hashlib
 import ipaddress
-import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
-import ray
 from pyarrow.fs import FileSelector, FileType
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliImplicitFlag
@@ -30,15 +28,17 @@ from ip2p.edit.names import SHIPPED, available, version_folder
 from ip2p.errors import UserError
 from ip2p.recipe import Recipe, locate
 from ip2p.workspace import Workspace
-from runtime.connect import connect
+from runtime.connect import connect, uses_gpu
+from runtime.exit import exit_statuses
+from serve.api import make_api
 from serve.batcher import Batcher, Job
+from serve.engine_client import Description, EditProgress, EditResult
 from serve.feedback import signing_secret
-from serve.front import Description, Front, Made, Moved
+from serve.gateway import open_gateway
 from serve.keys import Clients, Key, read_keys
-from serve.routes import make_api
 
-LONGEST_EDIT = 120  # seconds that a replica may finish its edits in when it is asked to stop
-REQUESTS = 4096  # at an ingress: far more than edits, so that it can answer that there are too many
+LONGEST_EDIT = 120  # seconds that a stopping replica has to finish its edits
+REQUESTS = 4096  # at an ingress: far more than edits, so that it can reject the excess itself
 
 
 @serve.deployment(
@@ -51,7 +51,7 @@ REQUESTS = 4096  # at an ingress: far more than edits, so that it can answer tha
 )
 @serve.ingress()
 class EditIngress:
-    """Keys, limits, pictures, and edits begun anew when their engine dies: all but the model."""
+    """The HTTP side: keys, limits, pictures, and retries of edits whose engine died."""
 
     def __init__(
         self,
@@ -65,11 +65,11 @@ class EditIngress:
         if canary := recipe.serve.canary:
             main = next(iter(engines))
             shares = {main: 1 - canary.share, canary.version: canary.share}
-        self.front = Front(recipe, workspace, engines, shares, secret)
+        self.gateway = open_gateway(recipe, workspace, engines, shares, secret, LONGEST_EDIT)
         self.clients = Clients(keys, recipe.serve.ingresses)
 
     def __serve_build_asgi_app__(self):
-        return make_api(self.front, self.clients, LONGEST_EDIT)
+        return make_api(self.gateway, self.clients)
 
 
 @serve.deployment(
@@ -78,7 +78,7 @@ class EditIngress:
     max_surge_percent=25,
 )
 class EditService:
-    """One editor, warm when it is up. `label` tells one state of a version from another."""
+    """One editor, warmed up. `label` names the version and the state of its files."""
 
     def __init__(self, recipe: Recipe, workspace: Workspace | None, version: str, label: str):
         settings = recipe.serve
@@ -89,41 +89,46 @@ class EditService:
         self.description = Description(label, self.editor.max_side, self.editor.multiple)
         self.batcher = Batcher(self.editor)
         self.gauges = {
-            what: Gauge(f"ip2p_serve_{what}", f"edits {what} at an engine", ("version",))
-            for what in ("running", "waiting")
+            state: Gauge(f"ip2p_serve_{state}", f"edits {state} at an engine", ("version",))
+            for state in ("running", "waiting")
         }
 
     def check_health(self) -> None:
-        """Serve replaces an engine that fails this."""
+        """Raises `DeadEngineError`, upon which Serve replaces this engine."""
         self.batcher.check()
-        for what, gauge in self.gauges.items():
-            gauge.set(getattr(self.batcher, what), {"version": self.description.version})
+        for state, gauge in self.gauges.items():
+            gauge.set(getattr(self.batcher, state), {"version": self.description.version})
 
     async def describe(self) -> Description:
         return self.description
 
-    async def edit(self, request: EditRequest, seconds: float) -> Made:
-        """Raises `LateError` after `seconds`, `ValueError` for what can't be done, `DeadEngineError`."""
+    async def edit(self, request: EditRequest, seconds: float) -> EditResult:
+        """Return a completed edit.
+
+        Raises `LateError` after `seconds`, `UserError` for what the model can't do, and
+        `DeadEngineError`.
+        """
         async for event in self.follow(request, seconds):
-            if isinstance(event, Made):
+            if isinstance(event, EditResult):
                 return event
         raise AssertionError
 
     async def follow(
         self, request: EditRequest, seconds: float, preview_every: int | None = None
-    ) -> AsyncIterator[Moved | Made]:
-        """`edit` as it moves on; with `preview_every` None it tells only the end.
+    ) -> AsyncIterator[EditProgress | EditResult]:
+        """Yield the progress of an edit, then its result.
 
-        Steps that nobody has been told of are told as one. Whoever stops listening frees the place.
+        With `preview_every` None, yield only the result. Unread progress events are coalesced.
+        Closing the iterator cancels the edit and frees its slot. Raises as `edit` does.
         """
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
-        moves: list[Moved] = []
+        unread: list[EditProgress] = []
         ends: list[np.ndarray | Exception] = []
 
-        def move(moved: Moved) -> None:
-            if moves and moves[-1].preview is None:
-                moves.pop()
-            moves.append(moved)
+        def advance(progress: EditProgress) -> None:
+            if unread and unread[-1].preview is None:
+                unread.pop()
+            unread.append(progress)
             woken.set()
 
         def end(result: np.ndarray | Exception) -> None:
@@ -137,28 +142,29 @@ class EditService:
         )
         if preview_every is not None:
             job.preview_every = preview_every
-            job.moved = lambda step, preview: loop.call_soon_threadsafe(move, Moved(step, preview))
+            job.moved = lambda step, preview: loop.call_soon_threadsafe(advance, EditProgress(step, preview))
+
         self.batcher.submit(job)
         try:
             while not ends:
                 await woken.wait()
                 woken.clear()
-                while moves:
-                    yield moves.pop(0)
+                while unread:
+                    yield unread.pop(0)
         finally:
             if not ends:
                 self.batcher.cancel(job)
         if isinstance(ends[0], Exception):
             raise ends[0]
         assert job.started is not None
-        yield Made(ends[0], self.description, job.started - job.since)
+        yield EditResult(ends[0], self.description, job.started - job.submitted)
 
 
 class Flags(BaseModel):
     host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 for all")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen at")
     keys: str | None = Field(default=None, description="file of the clients' keys; python -m serve.keys makes one")
-    open: CliImplicitFlag[bool] = Field(default=False, description="no keys: this machine alone is served")
+    open: CliImplicitFlag[bool] = Field(default=False, description="require no keys, and serve this machine only")
 
 
 class ApplicationArgs(BaseModel):
@@ -169,47 +175,56 @@ class ApplicationArgs(BaseModel):
     recipe: str = Field(description="recipe file, looked up in the current directory and then in the repository")
     workspace: str | None = Field(default=None, description="folder of the run whose editor is served, if it has one")
     keys: str | None = Field(default=None, description="file of the keys; default: the text in IP2P_SERVE_KEYS")
-    open: bool = Field(default=False, description="no keys: clients on the proxy's own machine alone are served")
+    open: bool = Field(default=False, description="require no keys, and serve the proxy's own machine only")
 
 
 def build(args: ApplicationArgs) -> Application:
-    """The application for a Serve config file (`import_path: serve.app:build`), whose deployments say what it needs.
+    """Return the application for a Serve config file (`import_path: serve.app:build`).
 
-    Raises `UserError` when the recipe is wrong, or there is no editor to serve, or no key.
+    Serve calls this in a process connected to Ray. The config may override what a deployment asks
+    for. Raises `UserError` when the recipe is wrong, or there is no editor to serve, or no key.
     """
     recipe, workspace = read_recipe(args.recipe), Workspace(args.workspace) if args.workspace else None
-    return application(recipe, workspace, None if args.open else read_keys(args.keys))
+    keys = None if args.open else read_keys(args.keys)
+    return application(recipe, workspace, keys, engine_resources(recipe))
+
+
+def engine_resources(recipe: Recipe) -> dict[str, Any]:
+    """Return `ray_actor_options` of an engine, whichever version it serves."""
+    return {"num_gpus": 1} if uses_gpu(recipe.device) else {"num_cpus": 1}
 
 
 def application(
-    recipe: Recipe, workspace: Workspace | None, keys: list[Key] | None, engine_resources: dict[str, Any] | None = None
+    recipe: Recipe, workspace: Workspace | None, keys: list[Key] | None, resources: dict[str, Any]
 ) -> Application:
-    """The ingress and its engines. keys None: open. Raises `UserError` when there is no editor to serve."""
+    """Return the ingress and its engines. resources: `ray_actor_options` of each engine.
+
+    Without keys the service is open. Raises `UserError` when there is no editor to serve.
+    """
     settings = recipe.serve
     main = settings.version or available(workspace)[0]
-    versions = {main: EditService.name}  # by the name of its deployment
+    deployments = {main: EditService.name}  # names by version
     if settings.canary:
         if settings.canary.version == main:
-            raise UserError(f"serve.canary.version: {main!r} is served to all already; name another version")
-        versions[settings.canary.version] = f"{EditService.name}Canary"
+            raise UserError(f"serve.canary.version: {main!r} is the main version already; name another one")
+        deployments[settings.canary.version] = f"{EditService.name}Canary"
     engine = EditService.options(
-        max_ongoing_requests=2 * settings.batch_size,  # the next are there when places get free
+        max_ongoing_requests=2 * settings.batch_size,  # a waiting edit takes a free slot at once
         max_queued_requests=settings.queue,
         num_replicas="auto",
         autoscaling_config=autoscaling(recipe),
+        ray_actor_options=resources,
     )
-    if engine_resources:
-        engine = engine.options(ray_actor_options=engine_resources)
     engines = {
         version: engine.options(name=name).bind(recipe, workspace, version, label(recipe, workspace, version))
-        for version, name in versions.items()
+        for version, name in deployments.items()
     }
     ingress = EditIngress.options(num_replicas=settings.ingresses)
     return ingress.bind(recipe, workspace, engines, keys, signing_secret(workspace))
 
 
 def autoscaling(recipe: Recipe) -> AutoscalingConfig:
-    """Engines by edits that wait or are on their way: as many as keep every batch full."""
+    """Scale engines by edits in flight, to as many as keep every batch full."""
     fewest, most = recipe.serve.replicas
     return AutoscalingConfig(
         min_replicas=fewest,
@@ -221,49 +236,48 @@ def autoscaling(recipe: Recipe) -> AutoscalingConfig:
 
 
 def label(recipe: Recipe, workspace: Workspace | None, version: str) -> str:
-    """The version, with a hash of its files' sizes and times where it is a workspace's: one that has been trained anew
-    is another, so Serve replaces the engines. Raises `UserError`, naming the key, when it is not there.
+    """Return the version, and for a workspace's version a hash of its files' sizes and times.
+
+    A retrained version has another label, so Serve replaces its engines. Raises `UserError` when it
+    does not exist.
     """
     if version == SHIPPED:
         locate(recipe.models.editor.path, "models.editor.path")
         return version
     folder = version_folder(version)
     if workspace is None or not workspace.exists(*folder, "model_index.json"):
-        where = f"{workspace.location}/{'/'.join(folder)}" if workspace else "there is no workspace"
-        raise UserError(f"serve.version {version!r}: no editor in {where}; jobs.train writes one")
+        problem = f"no editor in {workspace.location}/{'/'.join(folder)}" if workspace else "no --workspace"
+        raise UserError(f"serve.version: {version!r} can't be served: {problem}; jobs.train writes editors")
     infos = workspace.fs.get_file_info(FileSelector(workspace.path(*folder), recursive=True))
     facts = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.type == FileType.File)
     return f"{version}@{hashlib.blake2b(repr(facts).encode(), digest_size=4).hexdigest()}"
 
 
 def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int, keys: list[Key] | None = None) -> None:
-    """Start the endpoint on the Ray that runs, or on a local one, or change it; returns when it is ready.
+    """Deploy the endpoint, or a change to it, and return when it is ready.
 
-    keys None: open, which only a loopback address may be. Raises `UserError`.
+    It runs on the cluster of RAY_ADDRESS, else on a local Ray.
+    Without keys the service is open, and `host` must be a loopback address. Raises `UserError`.
     """
     if keys is None and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
-        raise UserError(f"--open serves this machine alone: --host 127.0.0.1, not {host}; or give --keys")
+        raise UserError(f"--open serves this machine only; use --host 127.0.0.1 instead of {host}, or pass --keys")
     connect()
-    gpu = recipe.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-    resources = {"num_gpus": 1} if gpu else {"num_cpus": 1}
-    deployed = application(recipe, workspace, keys, resources)
+    deployed = application(recipe, workspace, keys, engine_resources(recipe))
     serve.start(http_options=HTTPOptions(host=host, port=port))
     serve.run(deployed, name="ip2p", route_prefix="/")
 
 
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", extra=Flags, argv=argv, needs=())
-    try:
+    with exit_statuses():
         start(recipe, workspace, flags.host, flags.port, None if flags.open else read_keys(flags.keys))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    version = recipe.serve.version or available(workspace)[0]
-    print(f"serving the {version} editor at http://{flags.host}:{flags.port}/  (Ctrl-C ends)", flush=True)
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        serve.shutdown()
+        version = recipe.serve.version or available(workspace)[0]
+        print(f"serving the {version} editor at http://{flags.host}:{flags.port}/  (Ctrl-C ends)", flush=True)
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            serve.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The continuous batcher: a thread that keeps one UNet full with edits of many requests.
+"""The continuous batcher: a thread that fills each UNet call with the edits of many requests.
 
-An edit joins at any step and leaves when it is done, cancelled or late; different steps, scales, seeds, solvers and
-negative prompts share each UNet call. Edits of one latent shape make a bucket; the bucket that has had the least of the
-device's time is next.
+An edit joins at any step and leaves when it is done, cancelled or late. Edits with different steps,
+scales, seeds, solvers and negative prompts share a call. Edits of one latent shape form a bucket,
+and the bucket that has used the least device time is stepped next.
 """
 
 import threading
@@ -22,7 +22,7 @@ DECODED_TOGETHER = 4  # a decoder needs far more memory for a sample than the UN
 
 
 class DeadEngineError(RuntimeError):
-    """The batcher's thread has ended: this process can't edit any more."""
+    """The batcher's thread has ended, so this process can't edit."""
 
 
 class LateError(Exception):
@@ -31,25 +31,29 @@ class LateError(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One edit. Called from the batcher's thread: `done` once, with the image (model's size) or what went wrong;
-    `moved` after each step, with how many have been made, and a preview every `preview_every` steps."""
+    """One edit, with callbacks that run on the batcher's thread.
+
+    `done` is called once, with the image, uint8 (H, W, 3) of the model's size, or an exception.
+    `moved` is called after each step with the number of steps made and a preview, which is None
+    except at every `preview_every`-th step.
+    """
 
     request: EditRequest
     done: Callable[[np.ndarray | Exception], object]
     moved: Callable[[int, np.ndarray | None], object] | None = None
     preview_every: int = 0
-    deadline: float = float("inf")  # by time.monotonic
-    since: float = field(default_factory=time.monotonic)
+    deadline: float = float("inf")  # by time.monotonic, as are the next two
+    submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
 
-    def shows(self, step: int) -> bool:
+    def wants_preview(self, step: int) -> bool:
         return self.preview_every > 0 and step % self.preview_every == 0 and step < self.request.steps
 
 
 @dataclass(eq=False)
 class _Bucket:
     engine: Engine
-    spent: float  # seconds of the device, counted from that of the least served bucket when this one was made
+    spent: float  # device seconds; a new bucket starts at the least of the others
     waiting: deque[Job] = field(default_factory=deque)
     running: dict[Trajectory, Job] = field(default_factory=dict)
 
@@ -58,7 +62,7 @@ class _Bucket:
 
 
 class Batcher:
-    """Edits on a thread of its own. `submit`, `cancel` and the figures may be used from any thread."""
+    """Runs edits on its own thread. The public methods and properties are thread-safe."""
 
     def __init__(self, editor: Editor):
         self.editor = editor
@@ -67,22 +71,22 @@ class Batcher:
         self.unet_samples = 0
         self._buckets: dict[tuple[int, ...], _Bucket] = {}
         self._inbox: list[Job] = []
-        self._dropped: set[Job] = set()
+        self._cancelled: set[Job] = set()
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Raises `DeadEngineError`."""
+        """Queue an edit. Raises `DeadEngineError`."""
         with self._wake:
             self.check()
             self._inbox.append(job)
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Its place is free at the next step; `done` is not called. One that is done already is ignored."""
+        """Free an edit's slot at the next step without calling `done`. Ignores a completed edit."""
         with self._wake:
-            self._dropped.add(job)
+            self._cancelled.add(job)
             self._wake.notify()
 
     def check(self) -> None:
@@ -92,11 +96,12 @@ class Batcher:
 
     @property
     def running(self) -> int:
-        """Edits that share UNet calls now."""
+        """The number of edits that share UNet calls."""
         return sum(len(bucket.running) for bucket in list(self._buckets.values()))
 
     @property
     def waiting(self) -> int:
+        """The number of edits that wait for a slot."""
         return len(self._inbox) + sum(len(bucket.waiting) for bucket in list(self._buckets.values()))
 
     def _run(self) -> None:
@@ -118,13 +123,13 @@ class Batcher:
             raise
 
     def _take(self) -> None:
-        """What has arrived, been cancelled or is late since the last turn; waits while there is nothing to do."""
+        """Take in new edits and drop cancelled and late ones. Waits while there are no edits."""
         with self._wake:
             while not self._inbox and not any(map(len, self._buckets.values())):
-                self._dropped.clear()
+                self._cancelled.clear()
                 self._wake.wait()
             arrived, self._inbox = self._inbox, []
-            dropped, self._dropped = self._dropped, set()
+            cancelled, self._cancelled = self._cancelled, set()
         for job in arrived:
             shape = self.editor.fit(job.request.image).shape
             if shape not in self._buckets:
@@ -134,12 +139,13 @@ class Batcher:
             self._buckets[shape].waiting.append(job)
         now = time.monotonic()
         for bucket in self._buckets.values():
-            self._leave(bucket, dropped, now)
+            self._leave(bucket, cancelled, now)
         self._buckets = {shape: bucket for shape, bucket in self._buckets.items() if len(bucket)}
 
-    def _leave(self, bucket: _Bucket, dropped: set[Job], now: float) -> None:
-        late = {job for job in (*bucket.waiting, *bucket.running.values()) if job.deadline <= now} - dropped
-        gone = dropped | late
+    def _leave(self, bucket: _Bucket, cancelled: set[Job], now: float) -> None:
+        """Remove cancelled and late edits from a bucket."""
+        late = {job for job in (*bucket.waiting, *bucket.running.values()) if job.deadline <= now} - cancelled
+        gone = cancelled | late
         bucket.waiting = deque(job for job in bucket.waiting if job not in gone)
         for trajectory in [trajectory for trajectory, job in bucket.running.items() if job in gone]:
             bucket.engine.remove(trajectory)
@@ -148,7 +154,10 @@ class Batcher:
             job.done(LateError())
 
     def _turn(self, bucket: _Bucket) -> None:
-        """One step of a bucket. Out of memory halves its batch, and its edits begin anew: they are seeded."""
+        """Step a bucket once.
+
+        Out of memory halves the batch and restarts its edits, whose seeds give the same results.
+        """
         try:
             self._admit(bucket)
             finished = bucket.engine.step()
@@ -161,14 +170,15 @@ class Batcher:
             bucket.running = {}
             bucket.engine = Engine(self.editor.model.unet, self.editor.schedule, self.batch_size)
             return
+
         self.unet_samples = sum(b.engine.unet_samples for b in self._buckets.values())
         for trajectory, job in bucket.running.items():
             if job.moved is not None:
-                job.moved(trajectory.step, self._preview(trajectory) if job.shows(trajectory.step) else None)
+                job.moved(trajectory.step, self._preview(trajectory) if job.wants_preview(trajectory.step) else None)
         for at in range(0, len(finished), DECODED_TOGETHER):
-            some = finished[at : at + DECODED_TOGETHER]
-            results = self.decode([trajectory.latents for trajectory in some])
-            for trajectory, result in zip(some, results):
+            chunk = finished[at : at + DECODED_TOGETHER]
+            results = self.decode([trajectory.latents for trajectory in chunk])
+            for trajectory, result in zip(chunk, results):
                 bucket.running.pop(trajectory).done(result)
 
     def _admit(self, bucket: _Bucket) -> None:
@@ -184,14 +194,14 @@ class Batcher:
         for trajectory, job in zip(trajectories, joining):
             try:
                 bucket.engine.add(trajectory)
-            except ValueError as error:  # steps that the schedule can't do
+            except ValueError as error:  # e.g. more steps than the schedule has
                 job.done(error)
             else:
                 job.started = time.monotonic()
                 bucket.running[trajectory] = job
 
     def decode(self, latents: list[torch.Tensor]) -> np.ndarray:
-        """n of (C, h, w) -> uint8 (n, H, W, 3), the size that the model sees."""
+        """Decode n latents (C, h, w) to uint8 (n, H, W, 3), of the size that the model sees."""
         return images.to_uint8(self.editor.model.decode_latents(torch.stack(latents)))
 
     def _preview(self, trajectory: Trajectory) -> np.ndarray:

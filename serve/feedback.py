@@ -1,6 +1,6 @@
-"""What people think of edits, in append-only parquet of the workspace's feedback/.
+"""People's opinions of edits, in append-only parquet files of the workspace's feedback/.
 
-An edit's id holds what made the edit, signed, so that any ingress knows it, at any time, and nobody has to remember.
+The id of an edit holds its settings, signed, so that any ingress can read it without stored state.
 """
 
 import base64
@@ -26,12 +26,15 @@ SIGNATURE_BYTES = 12
 
 
 def image_id(image: np.ndarray) -> str:
-    """Content hash of uint8 (H, W, 3), 16 hex digits: whatever file it came in."""
+    """Return a hash of the pixels, uint8 (H, W, 3), as 16 hex digits."""
     return hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).data, digest_size=8).hexdigest()
 
 
 def signing_secret(workspace: Workspace | None) -> bytes:
-    """That of the workspace, drawn once; without a workspace one that nobody else has."""
+    """Return the workspace's signing secret, creating it on first use.
+
+    Without a workspace, return a random one.
+    """
     if workspace is None:
         return secrets.token_bytes(32)
     if not workspace.exists(FOLDER, SECRET):
@@ -46,13 +49,13 @@ def _signature(secret: bytes, body: bytes) -> bytes:
 
 
 def make_edit_id(record: dict[str, Any], secret: bytes) -> str:
-    """Columns of FEEDBACK as an id."""
+    """Return an id that holds `record`, columns of FEEDBACK."""
     body = zlib.compress(json.dumps(record, separators=(",", ":")).encode(), 9)
     return base64.urlsafe_b64encode(_signature(secret, body) + body).decode().rstrip("=")
 
 
 def read_edit_id(edit_id: str, secret: bytes) -> dict[str, Any] | None:
-    """What `make_edit_id` was given; None for an id that it did not make."""
+    """Return the record in an id, None for an id that `make_edit_id` did not make."""
     try:
         data = base64.b64decode(edit_id + "=" * (-len(edit_id) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
@@ -64,7 +67,7 @@ def read_edit_id(edit_id: str, secret: bytes) -> dict[str, Any] | None:
 
 
 def append(workspace: Workspace, row: dict[str, Any]) -> None:
-    """One row of FEEDBACK as a file of its own: nothing that is there is ever touched."""
+    """Write one row of FEEDBACK as a new file. Existing files are never touched."""
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}.parquet"
     with workspace.open_out(FOLDER, name) as file:
         pq.write_table(pa.Table.from_pylist([row], schema=FEEDBACK), file)

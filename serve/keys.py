@@ -1,16 +1,16 @@
-"""Who may use the endpoint: bearer keys, hashed at rest, each with its own limits.
+"""Bearer keys of the endpoint's clients, hashed at rest, each with its own limits.
 
 A keys file (YAML or JSON), or the same text in IP2P_SERVE_KEYS:
 
     - {name: shop, sha256: 9f86d0…, edits_per_minute: 600, concurrent_edits: 64}
 
-`python -m serve.keys NAME >> keys.yaml` draws a key, shows it on the terminal, and adds its line to the file.
+`python -m serve.keys NAME >> keys.yaml` creates a key, shows it on the terminal, and appends its
+hash to the file.
 """
 
 import argparse
 import hashlib
 import hmac
-import math
 import os
 import secrets
 import sys
@@ -24,24 +24,25 @@ from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from ip2p.errors import UserError
 from ip2p.recipe import Positive, Section
+from serve.errors import RefusedError
 
 VARIABLE = "IP2P_SERVE_KEYS"
 
 
 class Key(Section):
-    """What one client may do."""
+    """The limits of one client."""
 
-    name: str = Field(description="whose it is, for the metrics")
-    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")] = Field(description="of the key, in hex")
-    edits_per_minute: Positive = Field(default=600, description="a minute's worth may come at once")
-    concurrent_edits: Positive = Field(default=64, description="waiting or on their way")
+    name: str = Field(description="name of the client")
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")] = Field(description="hash of the key, in hex")
+    edits_per_minute: Positive = Field(default=600, description="rate limit; a minute's worth may come in one burst")
+    concurrent_edits: Positive = Field(default=64, description="limit of edits in flight")
 
 
 KEYS = TypeAdapter(Annotated[list[Key], Field(min_length=1)])
 
 
 def read_keys(path: str | None) -> list[Key]:
-    """The keys in the file at `path`, or without one in IP2P_SERVE_KEYS. Raises `UserError` that names the problem."""
+    """Return the keys in the file at `path`, by default in IP2P_SERVE_KEYS. Raises `UserError`."""
     source = path or f"${VARIABLE}"
     try:
         text = Path(path).read_text() if path else os.environ.get(VARIABLE, "")
@@ -50,57 +51,49 @@ def read_keys(path: str | None) -> list[Key]:
     if not text:
         raise UserError(
             f"the endpoint has no keys: name a file with --keys (`keys` of a Serve config), or put its text into "
-            f"{VARIABLE}; `python -m serve.keys NAME` makes one; --open (`open: true`) serves this machine without any"
+            f"{VARIABLE}; `python -m serve.keys NAME` makes one; --open (`open: true`) serves this machine without keys"
         )
     try:
         keys = KEYS.validate_python(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise UserError(f"{source}: {error}") from error
-    for what in ("name", "sha256"):
-        values = [getattr(key, what) for key in keys]
-        if twice := {value for value in values if values.count(value) > 1}:
-            raise UserError(f"{source}: {what} {min(twice)!r} is there twice")
+    for field in ("name", "sha256"):
+        values = [getattr(key, field) for key in keys]
+        if duplicates := {value for value in values if values.count(value) > 1}:
+            raise UserError(f"{source}: duplicate {field} {min(duplicates)!r}")
     return keys
 
 
-class RefusedError(Exception):
-    """The request is not let in: why, with the HTTP status, and after how many seconds to try again."""
-
-    def __init__(self, message: str, status: int, retry_after: float | None = None, param: str | None = None):
-        super().__init__(message)
-        self.message, self.status, self.param = message, status, param
-        self.retry_after = retry_after if retry_after is None else max(1, math.ceil(retry_after))
-
-
 class Client:
-    """What a key has used of its limits. `ingresses` share them evenly."""
+    """The use that a key makes of its limits, at one of `ingresses` that share them evenly."""
 
     def __init__(self, key: Key, ingresses: int = 1, clock: Callable[[], float] = time.monotonic):
         self.key, self.clock = key, clock
         self.rate = key.edits_per_minute / 60 / ingresses
         self.burst = max(1.0, key.edits_per_minute / ingresses)
-        self.places = max(1, key.concurrent_edits // ingresses)
+        self.slots = max(1, key.concurrent_edits // ingresses)
         self.tokens, self.filled, self.running = self.burst, clock(), 0
 
     def charge(self, edits: float) -> None:
-        """Take from the bucket of tokens, which fills with time. Raises `RefusedError`."""
+        """Take a token per edit from a bucket that refills with time. Raises `RefusedError`."""
         now = self.clock()
         self.tokens = min(self.burst, self.tokens + (now - self.filled) * self.rate)
         self.filled = now
         if edits > self.tokens:
             raise RefusedError(
-                f"key {self.key.name!r} may make {self.key.edits_per_minute} edits a minute: wait, or send fewer",
+                f"key {self.key.name!r} is limited to {self.key.edits_per_minute} edits a minute; "
+                "retry later or send fewer",
                 429,
                 retry_after=(min(edits, self.burst) - self.tokens) / self.rate,
             )
         self.tokens -= edits
 
     def enter(self, edits: int) -> None:
-        """Occupy places until `leave`. Raises `RefusedError`."""
-        if self.running + edits > self.places:
+        """Hold slots until `leave`. Raises `RefusedError`."""
+        if self.running + edits > self.slots:
             raise RefusedError(
-                f"key {self.key.name!r} may have {self.places} edits on their way, and {self.running} are: "
-                "wait for one, or send fewer at once",
+                f"key {self.key.name!r} has {self.running} of {self.slots} edits in flight; "
+                "retry later or send fewer per request",
                 429,
                 retry_after=1,
             )
@@ -111,31 +104,34 @@ class Client:
 
 
 class Clients:
-    """All keys. None at all: open, to clients on this machine only."""
+    """The clients of all keys. keys None: the endpoint is open to this machine."""
 
     def __init__(self, keys: list[Key] | None, ingresses: int = 1):
         self.clients = None if keys is None else [Client(key, ingresses) for key in keys]
 
     def of(self, authorization: str | None) -> Client | None:
-        """The client of an Authorization header; None where the endpoint is open. Raises `RefusedError`."""
+        """Return the client of an Authorization header, None if the endpoint is open.
+
+        Raises `RefusedError` (401).
+        """
         if self.clients is None:
             return None
         scheme, _, given = (authorization or "").partition(" ")
         digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).hexdigest()
-        # Every key is compared, in constant time: how long it takes tells nothing.
-        found = [client for client in self.clients if hmac.compare_digest(client.key.sha256, digest)]
-        if scheme.lower() != "bearer" or not found:
-            what = "this key is not known" if scheme.lower() == "bearer" else "no key"
-            raise RefusedError(f"{what}: send the header Authorization: Bearer <your key>", 401)
-        return found[0]
+        # Every key is compared, in constant time, so that the time taken reveals nothing.
+        matching = [client for client in self.clients if hmac.compare_digest(client.key.sha256, digest)]
+        if scheme.lower() != "bearer" or not matching:
+            problem = "unknown key" if scheme.lower() == "bearer" else "no key"
+            raise RefusedError(f"{problem}: send the header Authorization: Bearer <your key>", 401)
+        return matching[0]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw a key: shown on the terminal, its line for the file printed.")
-    parser.add_argument("name", help="whose it is")
+    parser = argparse.ArgumentParser(description="Create a key. Show it on stderr and print its entry for the file.")
+    parser.add_argument("name", help="name of the client")
     name = parser.parse_args(argv).name
     key = f"ip2p-{secrets.token_urlsafe(32)}"
-    print(f"the key, which is kept nowhere: {key}", file=sys.stderr)
+    print(f"the key, which is not stored: {key}", file=sys.stderr)
     line = Key(name=name, sha256=hashlib.sha256(key.encode()).hexdigest()).model_dump()
     print(yaml.safe_dump([line], sort_keys=False), end="")
 

@@ -1,4 +1,4 @@
-"""What the endpoints take and give: OpenAI's images-edit convention with diffusers' names, and our own JSON."""
+"""Requests and answers: OpenAI's image-edit convention with diffusers' names, and our own JSON."""
 
 from typing import Annotated, Literal
 
@@ -12,10 +12,15 @@ MAX_BODY_BYTES = 64 * 2**20
 MAX_STEPS = 100
 MAX_SCALE = 30
 MAX_PROMPT = 2000
-MAX_EDITS = 64  # of one request
+MAX_EDITS = 64  # per request
 MAX_IMAGES = 16
 MAX_SIDE = 4096  # of `size`
-LONGEST_DEADLINE = 600
+LONGEST_DEADLINE = 600  # seconds
+CONTENT_TYPES = {
+    "/v1/images/edits": "multipart/form-data",
+    "/v1/edits": "application/json",
+    "/v1/feedback": "application/json",
+}
 
 Instruction = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT)]
 NegativePrompt = Annotated[str, StringConstraints(strip_whitespace=True, max_length=MAX_PROMPT)]
@@ -27,14 +32,14 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 class Settings(BaseModel):
-    """How an edit is made. What is left out has the recipe's value."""
+    """Settings of an edit. The recipe has the value of a missing one."""
 
-    guidance_scale: Scale | None = Field(default=None, description="s_T: how strictly the instruction is followed")
-    image_guidance_scale: Scale | None = Field(default=None, description="s_I: how closely the image is kept")
+    guidance_scale: Scale | None = Field(default=None, description="s_T: how strictly to follow the instruction")
+    image_guidance_scale: Scale | None = Field(default=None, description="s_I: how closely to keep to the image")
     num_inference_steps: Steps | None = Field(default=None, description="denoising steps")
-    negative_prompt: NegativePrompt = Field(default="", description="what the result is led away from")
-    seed: Seed | None = Field(default=None, description="the same seed gives the same image; left out: drawn")
-    solver: Solver | None = Field(default=None, description="how a denoising step is taken")
+    negative_prompt: NegativePrompt = Field(default="", description="what to steer the result away from")
+    seed: Seed | None = Field(default=None, description="the same seed gives the same image; random if missing")
+    solver: Solver | None = Field(default=None, description="the solver of the denoising steps")
 
 
 class EditForm(Settings):
@@ -42,22 +47,24 @@ class EditForm(Settings):
 
     model_config = ConfigDict(extra="ignore")  # OpenAI's clients may send further fields
 
-    image: list[UploadFile] = Field(default=[], description="PNG, JPEG or WebP; of several each is edited")
-    images: list[UploadFile] = Field(default=[], alias="image[]", description="the same, as some clients name them")
-    mask: UploadFile | None = Field(default=None, description="not supported: the instruction says what changes")
+    image: list[UploadFile] = Field(default=[], description="PNG, JPEG or WebP; each of several is edited")
+    images: list[UploadFile] = Field(
+        default=[], alias="image[]", description="another name of `image`, used by some clients"
+    )
+    mask: UploadFile | None = Field(default=None, description="not supported; describe the change in the prompt")
     prompt: Instruction = Field(description="the instruction, e.g. 'make it night'")
-    n: Annotated[int, Field(ge=1, le=10)] = Field(default=1, description="edits of each image; seeds count up")
+    n: Annotated[int, Field(ge=1, le=10)] = Field(default=1, description="edits per image; seeds count up")
     size: str = Field(
         default="auto",
         max_length=50,
-        description="auto: the image's own; WxH: the largest of its aspect that fits into it",
+        description="auto: the size of the image; WxH: the largest of its aspect that fits into it",
     )
     response_format: Literal["b64_json", "png"] = Field(
         default="b64_json", description="b64_json: JSON with the image in base64; png: the PNG itself"
     )
-    output_format: OutputFormat = Field(default="png", description="of the image in base64")
+    output_format: OutputFormat = Field(default="png", description="format of the image in base64")
     model: str | None = Field(default=None, max_length=200, description="one of /v1/models")
-    deadline_s: Deadline | None = Field(default=None, description="seconds after which the edit is of no use")
+    deadline_s: Deadline | None = Field(default=None, description="seconds after which the edit is given up")
 
 
 class Edit(Settings):
@@ -69,7 +76,7 @@ class Edit(Settings):
 
 
 class EditsRequest(BaseModel):
-    """One image and what is to be made of it: the body of POST /v1/edits."""
+    """One image and its edits: the body of POST /v1/edits."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -89,14 +96,14 @@ class EditsRequest(BaseModel):
     )
 
     image: Annotated[str, Field(min_length=1)] = Field(description="PNG, JPEG or WebP in base64, or as a data: URL")
-    edits: Annotated[list[Edit], Field(min_length=1, max_length=MAX_EDITS)] = Field(description="one or several")
-    output_format: OutputFormat = Field(default="png", description="of the images in the answer")
+    edits: Annotated[list[Edit], Field(min_length=1, max_length=MAX_EDITS)] = Field(description="the edits to make")
+    output_format: OutputFormat = Field(default="png", description="format of the images in the answer")
     model: str | None = Field(default=None, max_length=200, description="one of /v1/models")
-    stream: bool = Field(default=False, description="answer by server-sent events as the edits move on")
+    stream: bool = Field(default=False, description="answer with server-sent events")
     preview_every: Annotated[int, Field(ge=0, le=MAX_STEPS)] = Field(
-        default=0, description="with stream: steps between previews of what an edit will be; 0: none"
+        default=0, description="with stream: steps between previews; 0: no previews"
     )
-    deadline_s: Deadline | None = Field(default=None, description="seconds after which the edits are of no use")
+    deadline_s: Deadline | None = Field(default=None, description="seconds after which the edits are given up")
 
 
 class EditedImage(BaseModel):
@@ -106,7 +113,7 @@ class EditedImage(BaseModel):
 
 
 class EditResponse(BaseModel):
-    """The edited images, and what makes them again. `seed` is the first image's, the next ones' count up."""
+    """The edited images, and the settings that reproduce them. `seed` is the first image's."""
 
     created: int = Field(description="Unix time")
     data: list[EditedImage]
@@ -119,7 +126,7 @@ class EditResponse(BaseModel):
 
 
 class Edited(BaseModel):
-    """One edited image of POST /v1/edits, and what makes it again."""
+    """One edited image of POST /v1/edits, and the settings that reproduce it."""
 
     edit_id: str = Field(description="for POST /v1/feedback")
     index: int
@@ -131,7 +138,7 @@ class Edited(BaseModel):
     seed: int
     solver: str
     model: str
-    image: str = Field(description="in base64")
+    image: str = Field(description="the image in base64")
 
 
 class EditsResponse(BaseModel):
@@ -141,22 +148,24 @@ class EditsResponse(BaseModel):
 
 
 class Feedback(BaseModel):
-    """What a person thinks of an edit."""
+    """A person's opinion of an edit."""
 
     model_config = ConfigDict(
         extra="forbid",
         json_schema_extra={"examples": [{"edit_id": "eNp…", "choice": "up", "comment": "as I meant it"}]},
     )
 
-    edit_id: Annotated[str, Field(min_length=1, max_length=8000)] = Field(description="as the edit was answered with")
+    edit_id: Annotated[str, Field(min_length=1, max_length=8000)] = Field(
+        description="from the answer that holds the edit"
+    )
     choice: Literal["up", "down"]
     comment: Annotated[str, StringConstraints(strip_whitespace=True, max_length=MAX_PROMPT)] = ""
 
 
 class Problem(BaseModel):
-    message: str = Field(description="what is wrong, and what to send instead")
+    message: str = Field(description="the problem, and what to send instead")
     type: str = "invalid_request_error"
-    param: str | None = Field(default=None, description="the field that is wrong")
+    param: str | None = Field(default=None, description="the field with the problem")
 
 
 class ErrorResponse(BaseModel):
@@ -165,11 +174,11 @@ class ErrorResponse(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
-    model: str = Field(description="which editor is served")
+    model: str = Field(description="version of the editor")
 
 
 class Limits(BaseModel):
-    """What is answered with 400 or 413 beyond."""
+    """Limits of a request, beyond which the answer is 400 or 413."""
 
     max_image_bytes: int = MAX_IMAGE_BYTES
     max_body_bytes: int = MAX_BODY_BYTES
@@ -182,7 +191,7 @@ class Limits(BaseModel):
 
 
 class Defaults(BaseModel):
-    """What the page starts with: the values of fields that a request leaves out, and the limits."""
+    """Values of the fields that a request leaves out, and the limits. The page starts with them."""
 
     model: str
     guidance_scale: float
@@ -197,7 +206,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "ip2p"
-    share: float = Field(description="of the requests that name no model")
+    share: float = Field(description="share of the requests that name no model")
 
 
 class Models(BaseModel):

@@ -171,10 +171,10 @@ MALFORMED: st.SearchStrategy[Call] = st.one_of(
 def check(client: httpx.Client, call: Call) -> None:
     """Refused, with a message that a person can act on, and nothing of the input beyond a glimpse in it."""
     answer = client.request(**call)
-    told = (answer.status_code, answer.text[:300], {key: str(value)[:300] for key, value in call.items()})
-    assert 400 <= answer.status_code < 500, told
+    context = (answer.status_code, answer.text[:300], {key: str(value)[:300] for key, value in call.items()})
+    assert 400 <= answer.status_code < 500, context
     message = answer.json()["error"]["message"]
-    assert 10 < len(message) < 1500, told
+    assert 10 < len(message) < 1500, context
 
 
 def damaged(draw: st.DrawFn) -> bytes:

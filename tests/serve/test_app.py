@@ -16,6 +16,7 @@ from skimage import data
 
 from ip2p import images
 from ip2p.edit.editor import Editor, EditRequest
+from ip2p.errors import UserError
 from ip2p.models import load_text_to_image
 from ip2p.workspace import Workspace
 from serve.app import start
@@ -88,7 +89,7 @@ def metric(client: httpx.Client, name: str) -> float:
 
 
 def idle(client: httpx.Client) -> bool:
-    """Whether nothing is on its way, soon."""
+    """Return whether no edit is in flight within 30 s."""
     for _ in range(300):
         if metric(client, "ip2p_serve_edits_in_flight") == 0:
             return True
@@ -99,7 +100,7 @@ def idle(client: httpx.Client) -> bool:
 # ---- POST /v1/images/edits
 
 
-def test_answers_with_what_the_editor_makes(client, editor):
+def test_answer_is_the_editors_image(client, editor):
     answer = post(client, guidance_scale=4, image_guidance_scale=1.2, num_inference_steps=3, negative_prompt="stars")
     assert answer.status_code == 200, answer.text
     body = answer.json()
@@ -111,7 +112,7 @@ def test_answers_with_what_the_editor_makes(client, editor):
     }  # fmt: skip
 
 
-def test_the_same_seed_gives_the_same_image_and_a_drawn_one_is_told(client):
+def test_same_seed_gives_same_image_and_drawn_seed_is_returned(client):
     first = post(client, seed=None, response_format="png")
     again = post(client, seed=first.headers["x-seed"], response_format="png")
     other = post(client, seed=None, response_format="png")
@@ -120,7 +121,7 @@ def test_the_same_seed_gives_the_same_image_and_a_drawn_one_is_told(client):
     assert not np.array_equal(images.decode(first.content), images.decode(other.content))
 
 
-def test_the_openai_client_works(address):
+def test_openai_client_works(address):
     client = openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN)
     answer = client.images.edit(
         model="editor", image=("a.png", PNG, "image/png"), prompt="make it night", extra_body={"seed": 3}
@@ -174,7 +175,7 @@ MIXED = [
 ]
 
 
-def test_edits_of_one_image_come_back_each_as_it_is_alone(client, editor):
+def test_batched_edits_equal_single_edits(client, editor):
     answer = client.post("/v1/edits", json=body(*MIXED))
     assert answer.status_code == 200, answer.text
     edits = answer.json()["edits"]
@@ -187,7 +188,7 @@ def test_edits_of_one_image_come_back_each_as_it_is_alone(client, editor):
         assert near(images.decode(base64.b64decode(edit["image"])), alone)
 
 
-def test_events_tell_progress_previews_and_results(client):
+def test_stream_sends_progress_previews_and_results(client):
     content = body({"seed": 1, "num_inference_steps": 12}, {"seed": 2, "num_inference_steps": 4}, preview_every=2)
     heard = events(client, content | {"image": "data:image/png;base64," + content["image"]})
     assert heard[-1] == ("done", {})
@@ -205,7 +206,7 @@ def test_events_tell_progress_previews_and_results(client):
     assert near(images.decode(base64.b64decode(plain["image"])), images.decode(base64.b64decode(results[0]["image"])))
 
 
-def test_a_client_that_goes_away_frees_its_places(client):
+def test_disconnected_client_frees_its_capacity(client):
     content = body(*[{"num_inference_steps": 100}] * 16, stream=True)
     with client.stream("POST", "/v1/edits", json=content) as answer:
         next(answer.iter_text())
@@ -229,7 +230,7 @@ def test_deadlines_are_honoured(client):
 # ---- feedback
 
 
-def test_feedback_is_kept_with_what_made_the_edit(client, workspace):
+def test_feedback_is_stored_with_the_edits_settings(client, workspace):
     (edit,) = client.post("/v1/edits", json=body({"seed": 9, "guidance_scale": 3.5})).json()["edits"]
     answer = client.post("/v1/feedback", json={"edit_id": edit["edit_id"], "choice": "up", "comment": "as I meant it"})
     assert answer.status_code == 204
@@ -280,7 +281,7 @@ def test_feedback_is_kept_with_what_made_the_edit(client, workspace):
         ({"response_format": "png", "n": 2}, "response_format", "b64_json"),
     ],
 )
-def test_bad_input_is_refused_with_a_reason(client, change, param, says):
+def test_bad_form_is_rejected_with_a_reason(client, change, param, says):
     answer = post(client, **change)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
@@ -301,7 +302,7 @@ def test_bad_input_is_refused_with_a_reason(client, change, param, says):
         ({"preview_every": -1}, "preview_every", "greater than"),
     ],
 )
-def test_bad_json_is_refused_with_a_reason(client, change, param, says):
+def test_bad_json_is_rejected_with_a_reason(client, change, param, says):
     answer = client.post("/v1/edits", json=body({}) | change)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
@@ -309,7 +310,7 @@ def test_bad_json_is_refused_with_a_reason(client, change, param, says):
     assert says in error["message"]
 
 
-def test_too_large_a_file_or_body_is_refused(client):
+def test_too_large_file_or_body_is_rejected(client):
     answer = post(client, bytes(MAX_IMAGE_BYTES + 1))
     assert answer.status_code == 413
     assert "smaller" in answer.json()["error"]["message"]
@@ -320,7 +321,7 @@ def test_too_large_a_file_or_body_is_refused(client):
     assert b" 413 " in connection.recv(4096), "refused before any of it is sent"
 
 
-def test_a_slow_upload_is_ended(client):
+def test_slow_upload_is_ended(client):
     connection = connect(client)
     connection.sendall(head("/v1/edits", {"content-type": "application/json", "content-length": "1000"}) + b"{")
     answer = connection.recv(4096)
@@ -337,7 +338,7 @@ def head(path: str, headers: dict[str, str]) -> bytes:
     return f"POST {path} HTTP/1.1\r\n".encode() + b"".join(f"{k}: {v}\r\n".encode() for k, v in lines.items()) + b"\r\n"
 
 
-def test_wrong_types_paths_and_methods_are_told(client):
+def test_wrong_types_paths_and_methods_are_rejected(client):
     wrong = client.post("/v1/images/edits", json={"prompt": "x"})
     assert wrong.status_code == 415
     assert "multipart/form-data" in wrong.json()["error"]["message"]
@@ -350,18 +351,18 @@ def test_wrong_types_paths_and_methods_are_told(client):
     assert no_model.status_code == 404
 
 
-def test_limits_of_keys(client):
+def test_keys_are_limited(client):
     few = {"authorization": f"Bearer {FEW}"}
     answers = [client.get("/v1/models", headers=few) for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
     slow = client.post("/v1/edits", json=body({}, {}, {}), headers={"authorization": f"Bearer {SLOW}"})
     assert slow.status_code == 429
-    assert "2 edits on their way" in slow.json()["error"]["message"]
+    assert "0 of 2 edits in flight" in slow.json()["error"]["message"]
     assert slow.headers["retry-after"]
 
 
-def test_too_much_at_once_is_told_when_to_come_again(client, recipe):
+def test_full_server_rejects_with_retry_after(client, recipe):
     too_many = client.post("/v1/edits", json=body(*[{}] * (recipe.serve.queue + 1)))
     assert too_many.status_code == 429
     with ThreadPoolExecutor(8) as pool:
@@ -371,48 +372,46 @@ def test_too_much_at_once_is_told_when_to_come_again(client, recipe):
     assert set(statuses) == {200, 429}
     refused = answers[statuses.index(429)]
     assert 1 <= int(refused.headers["retry-after"]) <= 60
-    assert "on their way" in refused.json()["error"]["message"]
+    assert "edits in flight; retry later" in refused.json()["error"]["message"]
     assert idle(client)
 
 
 @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(call=fuzz.MALFORMED)
-def test_whatever_is_wrong_is_refused_with_a_message(client, call):
+def test_malformed_requests_are_rejected_with_a_message(client, call):
     fuzz.check(client, call)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(call=fuzz.DAMAGED)
-def test_damaged_pictures_are_edited_or_refused(client, call):
+def test_damaged_pictures_are_edited_or_rejected(client, call):
     fuzz.check_damaged(client, call)
 
 
 # ---- facts
 
 
-def test_health_defaults_page_and_docs(client):
+def test_health_defaults_static_files_and_docs_are_served(client):
     assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok", "model": "shipped"}
     defaults = client.get("/v1/defaults").json()
     assert defaults["num_inference_steps"] == 2
     assert defaults["limits"]["max_image_bytes"] == MAX_IMAGE_BYTES
-    page = client.get("/")
-    assert page.headers["content-type"].startswith("text/html")
     described = client.get("/openapi.json").json()
     fields = described["components"]["schemas"]["EditForm"]["properties"]
     assert {"image", "prompt", "guidance_scale", "image_guidance_scale", "num_inference_steps", "seed"} <= set(fields)
     assert described["components"]["schemas"]["EditsRequest"]["examples"]
     assert client.get("/docs").status_code == 200
     assert "ip2p_serve_edit_seconds_bucket" in client.get("/metrics").text
-    for path in ("/", "/healthz", "/readyz", "/docs"):
-        assert client.get(path, headers={"authorization": ""}).status_code == 200, "these need no key"
+    for path in ("/", "/static/page.css", "/static/page.js", "/healthz", "/readyz", "/docs"):
+        assert client.get(path, headers={"authorization": ""}).status_code == 200, f"{path} needs no key"
 
 
-def test_nothing_of_this_ended_a_replica(client, address):
-    """The last test: the processes are those that began."""
+def test_no_replica_was_replaced(client, address):
+    """Runs last: the replicas are the ones that started."""
     assert len(replicas("EditService")) == len(replicas("EditIngress")) == 1
     assert metric(client, "ip2p_serve_retries_total") == 0
 
 
-def test_open_is_for_this_machine_alone(recipe):
-    with pytest.raises(ValueError, match=r"127\.0\.0\.1"):
+def test_open_requires_a_loopback_address(recipe):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1"):
         start(recipe, None, "0.0.0.0", 0)

@@ -11,7 +11,7 @@ from tests.serve.conftest import noise
 RECORD = {"source_id": "a", "result_id": "b", "instruction": "mach es Nacht – 夜", "seed": 2**62, "guidance_scale": 7.5}
 
 
-def test_an_id_is_read_by_who_has_the_secret_and_by_nobody_else():
+def test_id_is_readable_only_with_its_secret():
     edit_id = make_edit_id(RECORD, b"secret")
     assert read_edit_id(edit_id, b"secret") == RECORD
     assert read_edit_id(edit_id, b"another") is None
@@ -19,13 +19,13 @@ def test_an_id_is_read_by_who_has_the_secret_and_by_nobody_else():
         assert read_edit_id(wrong, b"secret") is None
 
 
-def test_the_secret_is_the_workspaces(tmp_path):
+def test_secret_belongs_to_the_workspace(tmp_path):
     workspace = Workspace(tmp_path)
     assert signing_secret(workspace) == signing_secret(Workspace(tmp_path))
     assert signing_secret(None) != signing_secret(None)
 
 
-def test_rows_are_added_and_nothing_is_touched(tmp_path):
+def test_rows_are_added_and_existing_files_kept(tmp_path):
     workspace = Workspace(tmp_path)
     signing_secret(workspace)
     append(workspace, RECORD | {"choice": "up"})
@@ -38,7 +38,7 @@ def test_rows_are_added_and_nothing_is_touched(tmp_path):
     assert table["seed"].to_pylist() == [2**62] * 2
 
 
-def test_images_are_known_by_their_pixels():
+def test_image_id_depends_on_pixels_only():
     image = noise(5, 7, 3)
     assert image_id(image) == image_id(np.asfortranarray(image))
     assert image_id(image) != image_id(image.reshape(7, 5, 3))

@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from ip2p.recipe import REPOSITORY
-from serve.keys import VARIABLE, Client, Clients, RefusedError, read_keys
+from serve.errors import RefusedError
+from serve.keys import VARIABLE, Client, Clients, read_keys
 from tests.serve.conftest import make_key
 
 
-def test_drawn_keys_open_and_only_their_hashes_are_in_the_file(tmp_path):
+def test_created_key_authorizes_and_file_holds_only_its_hash(tmp_path):
     file, tokens = tmp_path / "keys.yaml", {}
     for name in ("shop", "archive"):
         command = [sys.executable, "-m", "serve.keys", name]
@@ -32,7 +33,7 @@ def test_drawn_keys_open_and_only_their_hashes_are_in_the_file(tmp_path):
         assert refused.value.status == 401
 
 
-def test_keys_may_lie_in_the_environment(monkeypatch):
+def test_keys_are_read_from_environment(monkeypatch):
     monkeypatch.setenv(VARIABLE, yaml.safe_dump([make_key("shop", "x").model_dump()]))
     assert [key.name for key in read_keys(None)] == ["shop"]
 
@@ -46,10 +47,10 @@ def test_keys_may_lie_in_the_environment(monkeypatch):
         ("[{name: a, key: secret}]", "sha256"),
         ("[{", "keys.yaml"),
         ("keys: []", "valid list"),
-        (yaml.safe_dump([make_key("a", "x").model_dump()] * 2), "twice"),
+        (yaml.safe_dump([make_key("a", "x").model_dump()] * 2), "duplicate name 'a'"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path, monkeypatch, text, says):
+def test_wrong_keys_file_is_rejected(tmp_path, monkeypatch, text, says):
     monkeypatch.delenv(VARIABLE, raising=False)
     file = tmp_path / "keys.yaml"
     file.write_text(text)
@@ -57,16 +58,16 @@ def test_a_wrong_file_is_refused(tmp_path, monkeypatch, text, says):
         read_keys(str(file))
 
 
-def test_no_file_is_told():
+def test_missing_keys_file_is_named():
     with pytest.raises(ValueError, match="nowhere"):
         read_keys("nowhere.yaml")
 
 
-def test_the_rate_fills_with_time_and_tells_how_long():
+def test_rate_limit_refills_with_time_and_gives_retry_after():
     now = [0.0]
     client = Client(make_key("a", "x", edits_per_minute=60), clock=lambda: now[0])
     client.charge(60)
-    with pytest.raises(RefusedError, match="60 edits a minute") as refused:
+    with pytest.raises(RefusedError, match="limited to 60 edits a minute") as refused:
         client.charge(5)
     assert (refused.value.status, refused.value.retry_after) == (429, 5)
     now[0] = 5.0
@@ -77,18 +78,18 @@ def test_the_rate_fills_with_time_and_tells_how_long():
         client.charge(1)
 
 
-def test_places_are_given_back():
+def test_slots_are_freed_on_leave():
     client = Client(make_key("a", "x", concurrent_edits=4), ingresses=2)
     client.enter(2)
-    with pytest.raises(RefusedError, match="on their way"):
+    with pytest.raises(RefusedError, match="2 of 2 edits in flight"):
         client.enter(1)
     client.leave(2)
     client.enter(1)
 
 
-def test_without_keys_any_header_will_do():
+def test_without_keys_any_header_is_accepted():
     assert Clients(None).of("Bearer anything") is None
 
 
-def test_hashes_are_of_the_whole_key():
+def test_hash_covers_the_whole_key():
     assert make_key("a", "x").sha256 == hashlib.sha256(b"x").hexdigest()

@@ -102,7 +102,7 @@ def serving(recipe, **settings):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_no_client_sees_a_kill_a_new_version_or_a_smaller_service(recipe, versions, local_ray):
+def test_kills_redeploys_and_downscaling_fail_no_request(recipe, versions, local_ray):
     truth = {version: expected(versions, version) for version in ("one", "two")}
     assert not np.array_equal(truth["one"][0], truth["two"][0])
     port = free_port()
@@ -145,7 +145,7 @@ def test_no_client_sees_a_kill_a_new_version_or_a_smaller_service(recipe, versio
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_canary_gets_its_share_and_whoever_names_it(recipe, versions, local_ray):
+def test_canary_gets_its_share_and_requests_by_name(recipe, versions, local_ray):
     canary = serving(recipe, version="one", canary={"version": "two", "share": 0.5})
     body = {"image": base64.b64encode(images.encode(PHOTO)).decode(), "edits": [{"instruction": "x"}]}
     with (
@@ -169,7 +169,7 @@ MALFORMED, AT_ONCE = 5000, 8
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_thousands_of_malformed_requests_end_no_replica_and_take_no_memory(recipe, tmp_path, local_ray):
+def test_malformed_requests_replace_no_replica_and_leak_no_memory(recipe, tmp_path, local_ray):
     with served(recipe, Workspace(tmp_path), KEYS) as address:
         client = httpx.Client(base_url=address, timeout=120, headers=HEADERS)
         before = replicas()

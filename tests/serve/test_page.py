@@ -18,7 +18,7 @@ from ip2p.miniature.oracle import read_scenes
 from ip2p.miniature.render import render
 from ip2p.workspace import Workspace
 from serve.feedback import image_id
-from serve.routes import PAGE
+from serve.routers.page import STATIC
 from tests.serve.conftest import TOKEN, make_key, saved, served
 
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -26,6 +26,7 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 CAPTION = "a large red circle in the top left and a small yellow star in the bottom right, on a teal background"
 TEAL, PINK = (38, 184, 184), (255, 143, 186)
+SCRIPT = STATIC / "page.js"
 
 expect.set_options(timeout=120_000)  # the cores may be busy
 
@@ -60,9 +61,9 @@ def browser(chromium, address):
 
 @pytest.fixture
 def visit(browser, address):
-    """Opens the page; in the end there must have been no errors, and no word to any other host.
+    """Open the page. At the end no error may have been logged, and no other host contacted.
 
-    `refused`: whether the browser may say that a request was refused, or did not arrive.
+    `refused`: whether the browser may log that a request was rejected or did not arrive.
     """
     contexts, problems = [], []
 
@@ -74,7 +75,7 @@ def visit(browser, address):
         page = context.new_page()
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda told: _note(told, refused, problems))
+        page.on("console", lambda message: _note(message, refused, problems))
         page.on("request", lambda request: _is_ours(request.url, address) or problems.append(request.url))
         page.goto(address)
         if key is not None:
@@ -87,9 +88,9 @@ def visit(browser, address):
     assert not problems, problems
 
 
-def _note(told, refused: bool, problems: list[str]) -> None:
-    if told.type in ("error", "warning") and not (refused and "Failed to load resource" in told.text):
-        problems.append(told.text)
+def _note(message, refused: bool, problems: list[str]) -> None:
+    if message.type in ("error", "warning") and not (refused and "Failed to load resource" in message.text):
+        problems.append(message.text)
 
 
 def _is_ours(url: str, address: str) -> bool:
@@ -149,8 +150,8 @@ def no_sideways_scroll(page: Page) -> bool:
 # ---- without a browser
 
 
-def test_the_examples_are_scenes_of_the_renderer_and_their_instructions_are_understood():
-    text = PAGE.read_text()
+def test_examples_are_rendered_scenes_with_valid_instructions():
+    text = SCRIPT.read_text()
     examples = re.findall(r'\{caption: "(.+?)",\s+instructions: (\[.+?\]),\s+png: "(.+?)"\}', text)
     assert len(examples) == 5 == text.count("caption: ")
     for caption, instructions, png in examples:
@@ -163,7 +164,7 @@ def test_the_examples_are_scenes_of_the_renderer_and_their_instructions_are_unde
 # ---- clicking through
 
 
-def test_a_chosen_picture_is_edited_previewed_compared_and_downloaded(visit, tmp_path):
+def test_picture_is_edited_previewed_compared_and_downloaded(visit, tmp_path):
     page = visit()
     file = tmp_path / "scene.png"
     file.write_bytes(images.encode(render(parse_caption(CAPTION))))
@@ -204,7 +205,7 @@ def test_a_chosen_picture_is_edited_previewed_compared_and_downloaded(visit, tmp
     assert reading.scene is not None and reading.scene.background == "pink"
 
 
-def test_the_grid_is_one_request_and_a_cell_gives_its_scales(visit):
+def test_grid_is_one_request_and_a_cell_sets_its_scales(visit):
     page = visit()
     requests = []
     page.on("request", lambda request: request.method == "POST" and requests.append(request.post_data_json))
@@ -232,7 +233,7 @@ def test_the_grid_is_one_request_and_a_cell_gives_its_scales(visit):
     assert page.locator("#guidance_scale_value").inner_text() == "2.0"
 
 
-def test_edits_are_chained_undone_and_redone_and_judged(visit, workspace):
+def test_edits_are_chained_undone_redone_and_rated(visit, workspace):
     page = visit()
     start_from_example(page, seed=1)
     edit(page, "make the background pink")
@@ -268,7 +269,7 @@ def test_edits_are_chained_undone_and_redone_and_judged(visit, workspace):
     assert page.locator("#strip li").count() == 4, "nothing is forgotten"
 
 
-def test_the_settings_of_an_edit_make_it_again(visit):
+def test_settings_of_an_edit_reproduce_it(visit):
     page = visit()
     start_from_example(page, num_inference_steps=4)
     edit(page, "add fog")
@@ -282,11 +283,11 @@ def test_the_settings_of_an_edit_make_it_again(visit):
     assert np.array_equal(downloaded(page), drawn)
 
 
-def test_errors_are_told_where_they_arise_and_nothing_is_lost(visit, tmp_path):
+def test_errors_are_shown_at_their_field_and_lose_nothing(visit, tmp_path):
     page = visit(refused=True)
     page.locator("#go").click()
     expect(page.locator("#image_error")).to_contain_text("Choose a picture")
-    expect(page.locator("#instruction_error")).to_contain_text("Write what should change")
+    expect(page.locator("#instruction_error")).to_contain_text("Describe the change")
     start_from_example(page)
 
     bad = tmp_path / "notes.png"
@@ -321,7 +322,7 @@ def test_errors_are_told_where_they_arise_and_nothing_is_lost(visit, tmp_path):
     expect(page.locator("#run_error")).to_be_empty()
 
 
-def test_a_run_can_be_cancelled(visit):
+def test_running_edit_can_be_cancelled(visit):
     page = visit()
     start_from_example(page, num_inference_steps=100)
     page.locator("#instruction").fill("make it night")
@@ -329,21 +330,21 @@ def test_a_run_can_be_cancelled(visit):
     page.locator("#make_grid").click()
     expect(page.locator("#steps")).to_contain_text("of 2500")
     page.locator("#instruction").press("Enter")
-    expect(page.locator("#status")).to_contain_text("on its way")
+    expect(page.locator("#status")).to_contain_text("already running")
     page.locator("#cancel").click()
-    expect(page.locator("#status")).to_contain_text("Everything is as it was")
+    expect(page.locator("#status")).to_contain_text("Nothing was changed")
     expect(page.locator("#working")).to_be_hidden()
     set_fields(page, num_inference_steps=2)
     edit(page, "make it night")
 
 
-def test_a_key_is_asked_for_and_kept(visit):
+def test_key_is_asked_for_and_kept(visit):
     page = visit(key=None, refused=True)
     dialog = page.locator("#key_dialog")
     expect(dialog).to_be_visible()
     page.keyboard.type("nonsense")
     page.keyboard.press("Enter")
-    expect(page.locator("#key_error")).to_contain_text("not known")
+    expect(page.locator("#key_error")).to_contain_text("Unknown key")
     page.locator("#key").fill(TOKEN)
     page.keyboard.press("Enter")
     expect(dialog).to_be_hidden()
@@ -353,7 +354,7 @@ def test_a_key_is_asked_for_and_kept(visit):
     assert not dialog.is_visible()
 
 
-def test_the_keyboard_alone_is_enough(visit):
+def test_page_works_by_keyboard_alone(visit):
     page = visit()
 
     def tab_to(target: str) -> Locator:
@@ -396,9 +397,9 @@ def test_the_keyboard_alone_is_enough(visit):
     expect(page.locator("#shortcuts")).to_be_hidden()
 
 
-def test_a_picture_can_be_dropped_and_pasted(visit):
+def test_picture_can_be_dropped_and_pasted(visit):
     page = visit()
-    examples = re.findall(r'png: "(.+?)"', PAGE.read_text())
+    examples = re.findall(r'png: "(.+?)"', SCRIPT.read_text())
     give = """([png, kind, submit]) => {
         const bytes = Uint8Array.from(atob(png), letter => letter.charCodeAt(0)), data = new DataTransfer();
         data.items.add(new File([bytes], "scene.png", {type: "image/png"}));
@@ -418,7 +419,7 @@ def test_a_picture_can_be_dropped_and_pasted(visit):
     assert page.locator("#before").get_attribute("src") == before
 
 
-def test_a_large_picture_is_made_smaller_and_an_odd_format_is_sent_as_png(visit, tmp_path):
+def test_large_picture_is_scaled_down_and_other_format_is_sent_as_png(visit, tmp_path):
     page = visit()
     requests = []
     page.on("request", lambda request: request.method == "POST" and requests.append(request.post_data_json))
@@ -435,7 +436,7 @@ def test_a_large_picture_is_made_smaller_and_an_odd_format_is_sent_as_png(visit,
         assert sent.shape[:2] == size == downloaded(page).shape[:2]
 
 
-def test_a_phone_has_room_for_all_of_it(visit):
+def test_page_fits_a_phone(visit):
     page = visit(**PHONE)
     assert no_sideways_scroll(page)
     start_from_example(page, num_inference_steps=2)
@@ -456,7 +457,7 @@ def test_a_phone_has_room_for_all_of_it(visit):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_can_be_read_in_light_and_dark(visit, scheme):
+def test_texts_have_contrast_in_light_and_dark(visit, scheme):
     page = visit(color_scheme=scheme, reduced_motion="reduce")
     page.locator("#go").click()  # shows an error
     ground = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")

@@ -1,27 +1,30 @@
-"""What every request passes before any of it is parsed: its key, size, type, and how long it takes to arrive."""
+"""The checks of a request before it is parsed: key, size, content type, and upload time."""
 
 import asyncio
 import ipaddress
-import json
 from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.keys import Clients, RefusedError
-from serve.schema import MAX_BODY_BYTES, ErrorResponse, Problem
+from serve.error_handlers import refusal
+from serve.errors import RefusedError
+from serve.keys import Client, Clients
+from serve.schema import CONTENT_TYPES, MAX_BODY_BYTES
 
-OPEN_PATHS = {"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/docs/oauth2-redirect"}
-CONTENT_TYPES = {
-    "/v1/images/edits": "multipart/form-data",
-    "/v1/edits": "application/json",
-    "/v1/feedback": "application/json",
-}
+OPEN_PATHS = {
+    "/", "/static/page.css", "/static/page.js",
+    "/healthz", "/readyz", "/docs", "/openapi.json", "/docs/oauth2-redirect",
+}  # fmt: skip
 MAX_BUFFERED = 8 * MAX_BODY_BYTES  # of all bodies that are arriving or being read
 
 
-class Door:
-    """ASGI middleware. `upload_s`: seconds that a body may take to arrive."""
+class RequestGuard:
+    """ASGI middleware. It puts the key's `Client` into the scope as `client_of_key`.
+
+    upload_s: seconds that a body may take to arrive. count: called with path and status of every
+    answer.
+    """
 
     def __init__(self, app: ASGIApp, clients: Clients, upload_s: float, count: Callable[[str, int], None]):
         self.app, self.clients, self.upload_s, self.count = app, clients, upload_s, count
@@ -42,9 +45,9 @@ class Door:
         try:
             headers = Headers(scope=scope)
             if path not in OPEN_PATHS:
-                scope["client_of_key"] = self._let_in(scope, headers)
+                scope["client_of_key"] = self._authorize(scope, headers)
             if scope["method"] not in ("GET", "HEAD"):
-                held = self._room_for(CONTENT_TYPES.get(path), headers)
+                held = self._reserve(CONTENT_TYPES.get(path), headers)
                 body = await self._read(receive)
                 receive = _replay(body, receive)
             await self.app(scope, receive, counted)
@@ -53,29 +56,39 @@ class Door:
         finally:
             self.buffered -= held
 
-    def _let_in(self, scope: Scope, headers: Headers):
+    def _authorize(self, scope: Scope, headers: Headers) -> Client | None:
+        """Return the client of the request's key, charged for one edit; None when no keys are set.
+
+        Raises `RefusedError`.
+        """
         client = self.clients.of(headers.get("authorization"))
         if client is None:
             host = (scope.get("client") or ("",))[0]
             if host and not _is_loopback(host):
-                raise RefusedError("this endpoint is open, without keys, to its own machine only", 403)
+                raise RefusedError("this endpoint has no keys and serves its own machine only", 403)
         else:
             client.charge(1)
         return client
 
-    def _room_for(self, wanted: str | None, headers: Headers) -> int:
-        """Bytes that the body may have, which are held until it has been answered."""
+    def _reserve(self, content_type: str | None, headers: Headers) -> int:
+        """Reserve buffer space for the body and return its bytes, held until the answer is sent.
+
+        Raises `RefusedError` for a wrong type or length, or when the buffer is full.
+        """
         given = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if wanted and given != wanted:
-            raise RefusedError(f"content-type {given[:80]!r}: send {wanted}", 415, param="content-type")
+        if content_type and given != content_type:
+            message = f"content-type: {given[:80]!r} is wrong; send {content_type}"
+            raise RefusedError(message, 415, param="content-type")
         length = headers.get("content-length", str(MAX_BODY_BYTES))
         size = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else -1
         if size < 0:
-            raise RefusedError(f"content-length {length[:80]!r}: send the number of bytes", 400, param="content-length")
+            message = f"content-length: {length[:80]!r} is not a number of bytes"
+            raise RefusedError(message, 400, param="content-length")
         if size > MAX_BODY_BYTES:
-            raise RefusedError(f"the body has {size} bytes, more than {MAX_BODY_BYTES}: send smaller images", 413)
+            message = f"the body has {size} bytes, more than {MAX_BODY_BYTES}: send smaller images"
+            raise RefusedError(message, 413)
         if self.buffered + size > MAX_BUFFERED:
-            raise RefusedError("too much is being uploaded at once: try again", 429, retry_after=2)
+            raise RefusedError("server busy: too many uploads in flight; retry later", 429, retry_after=2)
         self.buffered += size
         return size
 
@@ -87,21 +100,23 @@ class Door:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise RefusedError("the client went away", 400)
+                        raise RefusedError("the client disconnected", 400)
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > MAX_BODY_BYTES:
-                        raise RefusedError(f"the body has more than {MAX_BODY_BYTES} bytes: send smaller images", 413)
+                        text = f"the body has more than {MAX_BODY_BYTES} bytes: send smaller images"
+                        raise RefusedError(text, 413)
         except TimeoutError as error:
             raise RefusedError(
-                f"the body did not arrive within {self.upload_s:g} seconds: send smaller images, or over a faster line",
+                f"the body did not arrive within {self.upload_s:g} seconds: "
+                "send smaller images, or use a faster connection",
                 408,
             ) from error
         return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body as one message, and then what comes after it, i.e. the client's going away."""
+    """Return a `receive` that gives the body as one message, and then what follows it."""
     left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def read() -> Message:
@@ -117,20 +132,9 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def problem(error: RefusedError) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of the answer to a refused request."""
-    kind = {401: "authentication_error", 403: "authentication_error", 429: "rate_limit_error"}
-    told = Problem(message=error.message, param=error.param, type=kind.get(error.status, "invalid_request_error"))
-    headers = {"content-type": "application/json"}
-    if error.retry_after is not None:
-        headers["retry-after"] = str(error.retry_after)
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return json.dumps(ErrorResponse(error=told).model_dump()).encode(), headers
-
-
 async def refuse(error: RefusedError, send: Callable[[Message], Awaitable[None]]) -> None:
-    body, headers = problem(error)
+    """Send the answer to a refused request, and close the connection."""
+    body, headers = refusal(error)
     headers |= {"content-length": str(len(body)), "connection": "close"}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
