@@ -37,7 +37,7 @@ pending.INTERVAL, pending.LOOKS = 2.0, 4
 connect()
 print("auto", uses_gpu("auto"), "cuda", uses_gpu("cuda"), "GPUs", ray.cluster_resources().get("GPU", 0))
 nothing = ray.remote(lambda: None)
-never = nothing.options(num_gpus=8).remote()
+never = [nothing.options(num_gpus=8).remote(), nothing.options(resources={"broken": 1}).remote()]
 
 class Where:
     def __call__(self, batch):
@@ -70,7 +70,14 @@ def cluster() -> Iterator[str]:
             "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "cpu": {"resources": {"CPU": 4, **STORE}, "node_config": {}, "min_workers": 0, "max_workers": 2},
             "gpu": {"resources": {"CPU": 4, "GPU": 1, **STORE}, "node_config": {}, "min_workers": 0, "max_workers": 1},
+            # No raylet starts with an object store of one byte.
+            "bad": {
+                "resources": {"broken": 1, "object_store_memory": 1}, "node_config": {},
+                "min_workers": 0, "max_workers": 1,
+            },
         },
+        "file_mounts_sync_continuously": False,
+        **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
         **{key: {} for key in ("auth", "docker", "file_mounts")},
         **{key: [] for key in ("initialization_commands", "setup_commands", "head_setup_commands")},
         **{key: [] for key in ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")},
@@ -112,7 +119,7 @@ def test_a_job_with_cuda_waits_for_a_gpu_that_the_autoscaler_starts(cluster, sma
             env={**os.environ, "RAY_ADDRESS": cluster, "RAY_AUTH_MODE": "disabled"},
         )  # fmt: skip
         try:
-            status = job.wait(timeout=120)
+            status = job.wait(timeout=150)
         finally:
             job.kill()
             print(output.read_text())
