@@ -112,7 +112,10 @@ def parse(reply: GetClusterStatusReply) -> ClusterState:
     alive = [node for node in cluster.node_states if node.status != NodeStatus.DEAD]
     pending = Counter[Request]()
     for entry in cluster.pending_resource_requests:
-        pending[request_of(entry.request)] += entry.count
+        request = request_of(entry.request)
+        # Tasks inside a placement group wait for one another, not for machines.
+        if not any("_group_" in name for name, _ in request.resources):
+            pending[request] += entry.count
     pending.update(bundles(cluster.pending_gang_resource_requests))
     unplaceable = Counter(map(request_of, autoscaler.infeasible_resource_requests))
     unplaceable.update(bundles(autoscaler.infeasible_gang_resource_requests))

@@ -36,7 +36,7 @@ from runtime.connect import connect, uses_gpu
 pending.INTERVAL, pending.LOOKS = 2.0, 4
 connect()
 print("auto", uses_gpu("auto"), "cuda", uses_gpu("cuda"), "GPUs", ray.cluster_resources().get("GPU", 0))
-nothing = ray.remote(lambda: None)
+nothing = ray.remote(num_cpus=0)(lambda: None)
 never = [nothing.options(num_gpus=8).remote(), nothing.options(resources={"broken": 1}).remote()]
 
 class Where:
@@ -119,8 +119,13 @@ def test_a_job_with_cuda_waits_for_a_gpu_that_the_autoscaler_starts(cluster, sma
             env={**os.environ, "RAY_ADDRESS": cluster, "RAY_AUTH_MODE": "disabled"},
         )  # fmt: skip
         try:
-            status = job.wait(timeout=150)
+            status = job.wait(timeout=240)
         finally:
             job.kill()
-            print(output.read_text())
-    assert status == 0
+    text = output.read_text()
+    assert status == 0, text
+    assert "auto False cuda True GPUs 0\n" in text
+    assert "ran {('gpu', 1)}\n" in text
+    waiting = [line for line in text.splitlines() if line.startswith("waiting for the cluster: ")]
+    assert any("1 x {GPU: 1}" in line and "0 of 0 GPUs in use" in line for line in waiting), text
+    assert any("the autoscaler starts no node for 1 x {GPU: 8}: " in line for line in waiting), text

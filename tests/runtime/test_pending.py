@@ -99,7 +99,7 @@ connect()
 time.sleep(2.5)
 print("asked", flush=True)
 nothing = ray.remote(lambda: None)
-tasks = [nothing.options(num_gpus=1).remote() for _ in range(4)]
+tasks = [nothing.options(num_cpus=0, num_gpus=1).remote() for _ in range(4)]
 group = ray.util.placement_group([{"GPU": 2}, {"GPU": 2}])
 inside = PlacementGroupSchedulingStrategy(ray.util.placement_group([{"CPU": 1}]))
 sleep = ray.remote(lambda: time.sleep(60)).options(num_cpus=1, scheduling_strategy=inside)
