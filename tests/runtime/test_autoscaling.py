@@ -111,6 +111,7 @@ def cluster() -> Iterator[str]:
             psutil.wait_procs(started, timeout=30)
 
 
+@pytest.mark.slow
 def test_a_job_with_cuda_waits_for_a_gpu_that_the_autoscaler_starts(cluster, smallest, tmp_path):
     recipe, output = smallest.model_copy(update={"device": "cuda"}), tmp_path / "output"
     with output.open("w") as out:
