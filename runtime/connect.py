@@ -1,12 +1,16 @@
 """Which Ray cluster a job runs on, and whether it has GPUs."""
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import ray
-from ray._private.state import state as ray_state
 from ray.data import DataContext
 
-from ip2p.errors import UserError
+from runtime.pending import watch_pending
 
 # In a resumed run the checkpoint's filter and a stage's actors hold a CPU each to the end, and Ray's own listing and
 # repartitioning tasks want a whole one: with two they would wait for ever. Ray's CPUs are tickets, not cores.
@@ -18,29 +22,64 @@ def connect() -> None:
 
     Plain `ray.init()` would also join whatever cluster was last started here, and wait minutes for one that is gone.
     """
+    context = DataContext.get_current()
     # The newer reader starts 32 actors to read the footers of a few files: on two cores that takes minutes.
-    DataContext.get_current().use_datasource_v2 = False
+    context.use_datasource_v2 = False
     # Jobs say themselves how far they are, in a line that means something to their users.
-    DataContext.get_current().enable_progress_bars = False
+    context.enable_progress_bars = False
+    # A block of the paper's protocol takes up to 103 minutes (L4), a spot GPU may take longer to come, and Ray Data
+    # would end the job after 30 minutes in which no block moves.
+    context.execution_no_progress_timeout_s = -1
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line of a training worker twice
     if not ray.is_initialized():
-        if address := os.environ.get("RAY_ADDRESS"):
-            ray.init(address)
-        else:
-            ray.init("local", include_dashboard=False, num_cpus=max(FEWEST_CPUS, os.cpu_count() or 1))
+        address = os.environ.get("RAY_ADDRESS")
+        with sigterm_handler_kept():
+            if address:
+                ray.init(address)
+            else:
+                ray.init("local", include_dashboard=False, num_cpus=max(FEWEST_CPUS, os.cpu_count() or 1))
+        watch_pending(grows=bool(address))
+
+
+@contextmanager
+def sigterm_handler_kept() -> Iterator[None]:
+    """Restore this process's SIGTERM handler after the block.
+
+    `ray.init` installs one in Python that exits with status 15, and one in C++ that prints a stack trace and aborts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def uses_gpu(device: str) -> bool:
-    """Whether a recipe's `device` means that its actors ask Ray for GPUs: the cluster has them, or can grow them.
+    """Return whether the actors of a recipe with this `device` ask Ray for GPUs.
 
-    Raises `UserError` when it demands what the cluster has not.
+    `cuda` asks for one and waits: Ray does not report what its autoscaler could start.
+    `auto` uses a GPU if the cluster has one now.
     """
-    gpus = ray.cluster_resources().get("GPU", 0) or gpus_to_come()
-    if device == "cuda" and not gpus:
-        raise UserError("device: cuda was asked for and the Ray cluster has no GPU; use device: auto or cpu")
-    return device != "cpu" and gpus > 0
+    if device == "auto":
+        return has_gpu(ray.get_runtime_context().gcs_address)
+    return device == "cuda"
 
 
-def gpus_to_come() -> float:
-    """GPUs of an autoscaling cluster at its largest; 0 where nothing scales. (Ray Train asks Ray in the same way.)"""
-    return (ray_state.get_max_resources_from_cluster_config() or {}).get("GPU", 0)
+@cache
+def has_gpu(_cluster: str) -> bool:
+    """Return whether the cluster has a GPU, and print what `device: auto` therefore does.
+
+    The first answer holds: a job whose pools grow while it runs does not change devices between its stages.
+    """
+    gpu = ray.cluster_resources().get("GPU", 0) > 0
+    if gpu:
+        print("device: auto: models run on GPUs; set device: cpu to run them on CPUs", flush=True)
+    else:
+        print(
+            "device: auto: this Ray has no GPU now, so models run on CPUs; set device: cuda to ask for GPUs and wait",
+            flush=True,
+        )
+    return gpu

@@ -78,11 +78,20 @@ def test_a_cpu_machine_needs_no_gpu():
     assert one.well and one.found == "none"
 
 
-def test_the_cluster_as_a_whole(recipe):
-    machines = {"a": {"Resources": {"CPU": 0.0}}, "b": {"Resources": {"CPU": 2.0}}}
+@pytest.mark.parametrize(
+    ("nodes", "cpus_are_enough", "gpus"),
+    [
+        ([{"CPU": 0.0}, {"CPU": 2.0}], False, "none now"),
+        ([{"CPU": 0.0}], True, "none now"),  # a head whose pools are at 0
+        ([{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}], True, "2"),
+    ],
+)
+def test_a_cluster_that_has_none_of_a_resource_yet_passes(recipe, nodes, cpus_are_enough, gpus):
+    machines = {str(n): {"Resources": resources} for n, resources in enumerate(nodes)}
     cuda = recipe.model_copy(update={"device": "cuda"})
-    assert {one.check: one.well for one in judge_cluster(machines, cuda, 0)} == {"CPUs": False, "GPUs": False}
-    assert all(one.well for one in judge_cluster(machines, cuda, 8)), "they can be started"
+    found = {one.check: one for one in judge_cluster(machines, cuda)}
+    assert (found["CPUs"].well, found["GPUs"].well) == (cpus_are_enough, True)
+    assert found["GPUs"].found.startswith(gpus)
 
 
 @pytest.mark.parametrize(

@@ -194,11 +194,6 @@ def test_stages_out_of_order_are_refused(recipe, tmp_path):
         generate_pairs.run(recipe, Workspace(tmp_path))
 
 
-def test_cuda_that_the_cluster_lacks_is_refused(recipe, workspace, local_ray):
-    with pytest.raises(ValueError, match="device: cuda"):
-        generate_pairs.run(recipe.model_copy(update={"device": "cuda"}), workspace)
-
-
 def test_overwrite_is_a_flag_of_its_own(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(generate_pairs, "run", lambda *arguments: given.append(arguments[2]))

@@ -1,35 +1,61 @@
-"""Whether jobs ask for GPUs, on clusters that have some, could grow some, or never will."""
+"""Devices, timeouts and signals of a process that is connected to Ray, each in a process of its own."""
+
+import signal
+import subprocess
+import sys
 
 import pytest
+
+from ip2p.recipe import REPOSITORY
+from runtime.exit import TERMINATED
+
+DEVICES = """
 import ray
-
 from runtime.connect import uses_gpu
+ray.init("local", include_dashboard=False, num_cpus=1, num_gpus={gpus})
+print([uses_gpu(device) for device in ("cuda", "cpu", "auto", "auto")])
+"""
+
+CONNECTED = """
+import time
+from ray.data import DataContext
+from runtime.connect import connect
+from runtime.exit import exit_statuses
+with exit_statuses(resumable=True):
+    connect()
+    print(DataContext.get_current().execution_no_progress_timeout_s, flush=True)
+    time.sleep(120)
+"""
+
+HAS_A_GPU = "device: auto: models run on GPUs; set device: cpu to run them on CPUs\n"
+HAS_NONE = "device: auto: this Ray has no GPU now, so models run on CPUs; set device: cuda to ask for GPUs and wait\n"
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    def have(now: dict[str, float], at_most: dict[str, float] | None) -> None:
-        monkeypatch.setattr(ray, "cluster_resources", lambda: now)
-        monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: at_most)
-
-    return have
+def python(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize(
-    ("now", "at_most", "gpu"),
-    [
-        ({"CPU": 4}, None, False),  # nothing scales
-        ({"CPU": 4}, {"CPU": 64, "GPU": 0}, False),
-        ({"CPU": 0}, {"CPU": 64, "GPU": 8}, True),  # scaled down to the head
-        ({"GPU": 1}, None, True),
-    ],
+    ("gpus", "printed"),
+    [(1, f"{HAS_A_GPU}[True, False, True, True]\n"), (0, f"{HAS_NONE}[True, False, False, False]\n")],
 )
-def test_gpus_that_are_there_or_can_come_are_used(cluster, now, at_most, gpu):
-    cluster(now, at_most)
-    assert uses_gpu("auto") == gpu
-    assert not uses_gpu("cpu")
-    if gpu:
-        assert uses_gpu("cuda")
-    else:
-        with pytest.raises(ValueError, match="device: cuda"):
-            uses_gpu("cuda")
+def test_cuda_always_asks_for_a_gpu_and_auto_says_once_what_it_chose(gpus, printed):
+    process = python(DEVICES.format(gpus=gpus))
+    output, errors = process.communicate(timeout=120)
+    assert output == printed, errors
+
+
+def test_a_connected_process_never_times_out_and_ends_at_sigterm_in_one_line():
+    process = python(CONNECTED)
+    assert process.stdout and process.stdout.readline() == "-1\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == TERMINATED, errors
+    assert errors.splitlines()[-1] == "terminated; run the same command to resume", errors
+    assert "Traceback" not in errors and "*** SIG" not in errors, errors
