@@ -23,8 +23,8 @@ from ip2p.workspace import Workspace
 from jobs.edit_captions import CPU_ENVIRONMENT, ENGINE_CPUS, ENGINE_RESTARTS
 from runtime.connect import connect, uses_gpu
 from runtime.job import job
-from runtime.progress import Counted, Tally
-from runtime.rows import ACTOR_CPUS, TASK_CPUS, begin, chain
+from runtime.progress import StageCounters, WithCounters
+from runtime.rows import ACTOR_CPUS, TASK_CPUS, begin, chain, newest_epoch
 
 SOURCE, SINK, DONE = "evaluation/metrics.parquet", "evaluation/judged.parquet", "evaluation/judge"
 
@@ -47,10 +47,11 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     connect()
     print(f"judge_edits: {judge.replicas} vLLM engine(s) with {judge.model.path}", flush=True)
 
-    def steps(rows: Dataset, tally: Tally) -> Dataset:
-        return judged(rows, tally, recipe, judge, workspace)
+    def steps(rows: Dataset, counters: StageCounters) -> Dataset:
+        return judged(rows, counters, recipe, judge, workspace)
 
-    chain(workspace, SOURCE, SINK, "edit_id", judge.batch_size, steps)
+    counters, epoch = StageCounters("evaluate"), newest_epoch(workspace, SINK) + 1
+    chain(workspace, SOURCE, SINK, "edit_id", judge.batch_size, steps, counters, epoch)
     rows = workspace.read_table(SINK, columns=["judge_status", "judge_error"]).to_pylist()
     counts: dict[str, Any] = dict(Counter(row["judge_status"] for row in rows))
     workspace.mark_done(DONE, plan=plan, **counts)
@@ -66,7 +67,7 @@ def fingerprint(recipe: Recipe, judge: Judge, workspace: Workspace) -> str:
     return f"{digest(json.dumps(keys, sort_keys=True)):016x}"
 
 
-def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace: Workspace) -> Dataset:
+def judged(rows: Dataset, counters: StageCounters, recipe: Recipe, judge: Judge, workspace: Workspace) -> Dataset:
     """METRICS -> questions -> the model -> JUDGED."""
     light: dict[str, Any] = {"num_cpus": TASK_CPUS}
     model = build_processor(
@@ -86,8 +87,8 @@ def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace:
     }
     asked = rows.map_batches(Questions, fn_constructor_args=(workspace,), **one)  # pyright: ignore[reportArgumentType]
     return model(asked).map_batches(
-        Counted,  # pyright: ignore[reportArgumentType]
-        fn_constructor_args=(Marks, (), tally, lambda rows: {"rows": rows.num_rows}),
+        WithCounters,  # pyright: ignore[reportArgumentType]
+        fn_constructor_args=(Marks, (), counters, lambda rows: {"rows": rows.num_rows}),
         **one,
     )
 

@@ -26,6 +26,11 @@ def batch(rows) -> pa.Table:
     return pa.Table.from_pylist([dict(zip(INSTRUCTIONS.names, row)) for row in rows], schema=INSTRUCTIONS)
 
 
+def run(generator: PairGenerator, rows: pa.Table) -> pa.Table:
+    """All tables that the generator yields, as one."""
+    return pa.concat_tables(generator(rows))
+
+
 @pytest.fixture(scope="module")
 def generator(smallest) -> PairGenerator:
     return PairGenerator(smallest)
@@ -42,7 +47,7 @@ def with_pairs(generator: PairGenerator, **changes) -> PairGenerator:
 
 @pytest.fixture(scope="module")
 def table(generator):
-    return generator(batch(ROWS))
+    return run(generator, batch(ROWS))
 
 
 def test_one_row_in_one_row_out(table, generator, smallest: Recipe):
@@ -74,7 +79,7 @@ def test_the_best_pairs_are_kept_with_their_images(table):
 
 
 def test_a_row_does_not_depend_on_its_neighbours(table, generator):
-    [alone] = with_pairs(generator, batch_size=1)(batch(ROWS[2:3])).to_pylist()
+    [alone] = run(with_pairs(generator, batch_size=1), batch(ROWS[2:3])).to_pylist()
     together = table.to_pylist()[2]
     for a, b in zip(alone["candidates"], together["candidates"]):
         assert a.pop("verdict") == b.pop("verdict")
@@ -86,7 +91,7 @@ def test_a_row_does_not_depend_on_its_neighbours(table, generator):
 
 def test_nothing_accepted_is_rejected_with_counts(generator):
     strict = with_pairs(generator, thresholds=Thresholds(image=-1, direction=1, agreement=-1))
-    [row] = strict(batch(ROWS[:1])).to_pylist()
+    [row] = run(strict, batch(ROWS[:1])).to_pylist()
     assert (row["status"], row["reason"], row["pairs"]) == ("rejected", "direction < 1: 3", [])
     assert len(row["candidates"]) == 3
 
@@ -94,12 +99,12 @@ def test_nothing_accepted_is_rejected_with_counts(generator):
 def test_adaptive_draws_the_first_of_the_same_candidates_until_there_are_enough(table, generator):
     """Everything is accepted here: two pairs of two candidates, not of three."""
     adaptive = with_pairs(generator, adaptive=Adaptive(round=1))
-    rows = adaptive(batch(ROWS)).to_pylist()
+    rows = run(adaptive, batch(ROWS)).to_pylist()
     for row, fixed in zip(rows, table.to_pylist()):
         assert [c["seed"] for c in row["candidates"]] == [c["seed"] for c in fixed["candidates"]][:2]
         assert row["unet_samples"] == 8 * len(row["candidates"])
         assert len(row["pairs"]) == len(row["candidates"])
-    [alone] = with_pairs(adaptive, batch_size=1)(batch(ROWS[2:3])).to_pylist()
+    [alone] = run(with_pairs(adaptive, batch_size=1), batch(ROWS[2:3])).to_pylist()
     assert [c["seed"] for c in alone["candidates"]] == [c["seed"] for c in rows[2]["candidates"]]
 
 
@@ -117,7 +122,8 @@ def test_other_kinds_of_model_run_by_the_recipe_alone(smallest: Recipe, tiny_sd,
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     models = smallest.models.model_copy(update={"text_to_image": ModelRef(path=str(tmp_path / "sd"))})
     pairs = smallest.pairs.model_copy(update=changes)
-    [row] = PairGenerator(smallest.model_copy(update={"models": models, "pairs": pairs}))(batch(ROWS[:1])).to_pylist()
+    other = PairGenerator(smallest.model_copy(update={"models": models, "pairs": pairs}))
+    [row] = run(other, batch(ROWS[:1])).to_pylist()
     assert row["status"] == "ok"
     assert row["unet_samples"] == 3 * 2 * calls  # candidates, images
 
@@ -126,50 +132,50 @@ def test_an_early_look_ends_hopeless_candidates_part_way(table, generator):
     """Quality rises with direction; at a level between those seen part-way some are dropped, after one step of two."""
     measure = Quality(intercept=0, image=0, direction=5, agreement_before=0, agreement_after=0, at_least=0)
     everything = with_pairs(generator, quality=measure, early_look=EarlyLook(at=0.5, drop_below=0))
-    whole = everything(batch(ROWS)).to_pylist()
+    whole = run(everything, batch(ROWS)).to_pylist()
     assert [row["unet_samples"] for row in whole] == [row["unet_samples"] for row in table.to_pylist()]
 
     nothing = with_pairs(generator, quality=measure, early_look=EarlyLook(at=0.5, drop_below=1))
-    [row] = nothing(batch(ROWS[:1])).to_pylist()
+    [row] = run(nothing, batch(ROWS[:1])).to_pylist()
     assert (row["status"], row["reason"]) == ("rejected", "early quality < 1: 3")
     assert row["unet_samples"] == 3 * 2 * 2 * 1  # candidates, images, conditionings, steps
     early = sorted(candidate["quality"] for candidate in row["candidates"])
     # What was dropped calls for more, as what was judged does.
-    in_rounds = with_pairs(nothing, adaptive=Adaptive(round=1, give_up_below=0))(batch(ROWS[:1])).to_pylist()
+    rounds = with_pairs(nothing, adaptive=Adaptive(round=1, give_up_below=0))
+    in_rounds = run(rounds, batch(ROWS[:1])).to_pylist()
     assert in_rounds[0]["reason"] == "early quality < 1: 3"
 
     level = (early[0] + early[1]) / 2
     some = with_pairs(everything, early_look=EarlyLook(at=0.5, drop_below=level))
-    rows = some(batch(ROWS)).to_pylist()
+    rows = run(some, batch(ROWS)).to_pylist()
     assert Counter(c["verdict"] for c in rows[0]["candidates"]) == {"accepted": 2, f"early quality < {level:g}": 1}
     assert rows[0]["unet_samples"] == (2 + 1 + 2) * 2 * 2
     for candidate, finished in zip(rows[0]["candidates"], whole[0]["candidates"]):
         assert (candidate["quality"] == pytest.approx(finished["quality"], abs=5e-3)) == (
             candidate["verdict"] == "accepted"
         )
-    [alone] = with_pairs(some, batch_size=1)(batch(ROWS[2:3])).to_pylist()
+    [alone] = run(with_pairs(some, batch_size=1), batch(ROWS[2:3])).to_pylist()
     assert [c["verdict"] for c in alone["candidates"]] == [c["verdict"] for c in rows[2]["candidates"]]
 
 
 def test_adaptive_gives_a_hopeless_caption_up(generator):
     strict = Thresholds(image=-1, direction=1, agreement=-1)
     hopeless = with_pairs(generator, thresholds=strict, adaptive=Adaptive(round=1, give_up_below=0.4))
-    [row] = hopeless(batch(ROWS[:1])).to_pylist()
+    [row] = run(hopeless, batch(ROWS[:1])).to_pylist()
     assert (row["status"], row["reason"]) == ("rejected", "direction < 1: 1")
 
 
 def test_the_first_mode_that_applies_is_taken_and_recorded(generator):
     rows = batch([("a", "red dog", "paint it", "tan dog", "ok", ""), ROWS[2]])
     for modes, expected in ((["replace", "refine"], ["replace", "refine"]), (["self"], ["self", "self"])):
-        table = with_pairs(generator, sharing=Sharing(modes=modes))(rows)
+        table = run(with_pairs(generator, sharing=Sharing(modes=modes)), rows)
         assert [row["candidates"][0]["sharing"] for row in table.to_pylist()] == expected
 
 
 def test_local_blend_writes_the_mask_of_what_may_differ(generator):
     sharing = Sharing(modes=["refine"], blend=LocalBlend(threshold=0.98, start=0))
-    rows = with_pairs(generator, sharing=sharing, keep_rejects=1)(
-        batch([*ROWS[:1], ("e", "a dog", "it", "a dog", "ok", "")])
-    ).to_pylist()
+    blending = with_pairs(generator, sharing=sharing, keep_rejects=1)
+    rows = run(blending, batch([*ROWS[:1], ("e", "a dog", "it", "a dog", "ok", "")])).to_pylist()
     for pair in rows[0]["pairs"]:
         mask = images.decode(pair["mask"])
         assert mask.shape == (64, 64, 3)
@@ -183,7 +189,7 @@ def test_local_blend_writes_the_mask_of_what_may_differ(generator):
 
 def test_emphasis_changes_the_edited_image_alone(table, generator):
     loud = with_pairs(generator, sharing=Sharing(modes=["replace", "refine"], emphasis=4))
-    row, plain = loud(batch(ROWS[:1])).to_pylist()[0], table.to_pylist()[0]
+    row, plain = run(loud, batch(ROWS[:1])).to_pylist()[0], table.to_pylist()[0]
     by_seed = {pair["seed"]: pair for pair in plain["pairs"]}
     both = [(pair, by_seed[pair["seed"]]) for pair in row["pairs"] if pair["seed"] in by_seed]
     assert both
@@ -197,25 +203,25 @@ def test_emphasis_changes_the_edited_image_alone(table, generator):
 
 def test_rejects_of_some_captions_are_kept_to_look_at(generator):
     strict = with_pairs(generator, thresholds=Thresholds(image=-1, direction=1, agreement=-1), keep_rejects=1)
-    [row] = strict(batch(ROWS[:1])).to_pylist()
+    [row] = run(strict, batch(ROWS[:1])).to_pylist()
     assert row["pairs"] == []
     assert [{**reject, "original_image": 0, "edited_image": 0, "mask": 0} for reject in row["rejects"]] == [
         {**candidate, "original_image": 0, "edited_image": 0, "mask": 0} for candidate in row["candidates"][:2]
     ]
     assert images.decode(row["rejects"][0]["edited_image"]).shape == (64, 64, 3)
-    [row] = with_pairs(strict, keep_rejects=0)(batch(ROWS[:1])).to_pylist()
+    [row] = run(with_pairs(strict, keep_rejects=0), batch(ROWS[:1])).to_pylist()
     assert row["rejects"] == []
 
 
 def test_a_batch_without_work_passes_through(generator):
     refused = ("y", "red dog", "", "", "rejected", "too long")
-    [row] = generator(batch([refused])).to_pylist()
+    [row] = run(generator, batch([refused])).to_pylist()
     assert (row["status"], row["reason"], row["candidates"], row["pairs"]) == ("rejected", "too long", [], [])
 
 
 def test_a_row_that_raises_is_failed_and_leaves_its_neighbours_alone(table, generator):
     broken = ("x", None, "make it blue", "blue dog", "ok", "")
-    rows = generator(batch([ROWS[0], broken])).to_pylist()
+    rows = run(generator, batch([ROWS[0], broken])).to_pylist()
     assert rows[1]["status"] == "failed" and rows[1]["reason"].split(":")[0] in ("TypeError", "ValueError")
     assert rows[1]["candidates"] == [] and rows[1]["edit_prompt"] == "make it blue"
     expected = table.to_pylist()[0]
@@ -235,7 +241,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(table, generator, monkeypatc
 
     unet = generator.model.unet.forward
     monkeypatch.setattr(generator.model.unet, "forward", forward)
-    rows = other(batch(ROWS)).to_pylist()
+    rows = run(other, batch(ROWS)).to_pylist()
     assert sizes[0] == 16 and max(sizes[1:]) == 8
     assert other.batch_size == 2
     assert [row["status"] for row in rows] == [row["status"] for row in table.to_pylist()]
@@ -248,7 +254,7 @@ def test_when_no_row_can_be_done_it_is_not_their_fault(generator):
     other = with_pairs(generator)
     other.shape = (5, 8, 8)  # latents that this UNet doesn't take
     with pytest.raises(RuntimeError):
-        other(batch(ROWS[2:]))
+        run(other, batch(ROWS[2:]))
 
 
 def test_latents_that_are_not_finite_get_a_verdict(generator, monkeypatch):
@@ -259,7 +265,7 @@ def test_latents_that_are_not_finite_get_a_verdict(generator, monkeypatch):
         return torch.stack([row * hurt.get(prompt, 1.0) for prompt, row in zip(prompts, text(prompts))])
 
     monkeypatch.setattr(generator.model, "encode_text", encode_text)
-    rows = generator(batch([ROWS[0], ROWS[3]])).to_pylist()
+    rows = run(generator, batch([ROWS[0], ROWS[3]])).to_pylist()
     assert (rows[0]["status"], rows[0]["reason"]) == ("rejected", "not finite: 3")
     assert rows[1]["status"] == "ok"
 

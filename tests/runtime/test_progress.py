@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from runtime import progress
-from runtime.progress import Counted, Tally, time_left
+from runtime.progress import StageCounters, WithCounters, time_left
 
 
 def test_workers_count_and_the_driver_shows(local_ray, monkeypatch, capsys):
@@ -21,14 +21,19 @@ def test_workers_count_and_the_driver_shows(local_ray, monkeypatch, capsys):
             return pa.table({self.column: [2 * value for value in table["id"].to_pylist()]})
 
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.2)
-    tally = Tally("test_stage")
-    with tally.shown(lambda counts, seconds: f"{counts['rows']} of 20, {time_left(counts['rows'], 20, seconds)}"):
+    counters = StageCounters("test_stage")
+    with counters.shown(lambda counts, seconds: f"{counts['rows']} of 20, {time_left(counts['rows'], 20, seconds)}"):
         rows = (
             ray.data.range(20)
             .repartition(10)
             .map_batches(
-                Counted,  # pyright: ignore[reportArgumentType]
-                fn_constructor_args=(Doubled, ("twice",), tally, lambda t: {"rows": t.num_rows, "rejected: dull": 1}),
+                WithCounters,  # pyright: ignore[reportArgumentType]
+                fn_constructor_args=(
+                    Doubled,
+                    ("twice",),
+                    counters,
+                    lambda t: {"rows": t.num_rows, "rejected: dull": 1},
+                ),
                 batch_format="pyarrow",
                 batch_size=2,
                 compute=ray.data.ActorPoolStrategy(size=2),
@@ -37,7 +42,7 @@ def test_workers_count_and_the_driver_shows(local_ray, monkeypatch, capsys):
             .take_all()
         )
     assert sorted(row["twice"] for row in rows) == list(range(0, 40, 2))
-    assert tally.read() == {"rows": 20, "rejected: dull": 10}
+    assert counters.read() == {"rows": 20, "rejected: dull": 10}
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test_stage: ")]
     assert lines and all(" of 20, " in line for line in lines)
 
