@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 from collections import Counter
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from ip2p import images
+from ip2p.errors import DeviceError
 from ip2p.pairs.candidates import draw_candidate
 from ip2p.pairs.generate import PairGenerator
 from ip2p.recipe import Adaptive, EarlyLook, LocalBlend, ModelRef, Quality, Recipe, Sharing, Thresholds
@@ -175,16 +177,20 @@ def test_the_first_mode_that_applies_is_taken_and_recorded(generator):
 def test_local_blend_writes_the_mask_of_what_may_differ(generator):
     sharing = Sharing(modes=["refine"], blend=LocalBlend(threshold=0.98, start=0))
     blending = with_pairs(generator, sharing=sharing, keep_rejects=1)
-    rows = run(blending, batch([*ROWS[:1], ("e", "a dog", "it", "a dog", "ok", "")])).to_pylist()
-    for pair in rows[0]["pairs"]:
+    [row] = run(blending, batch(ROWS[:1])).to_pylist()
+    assert row["pairs"]
+    for pair in row["pairs"]:
         mask = images.decode(pair["mask"])
         assert mask.shape == (64, 64, 3)
         assert set(np.unique(mask)) == {0, 255}
     ids = generator.model.tokenizer(["a dog", "a dog on ice"], padding="max_length", max_length=77).input_ids
     blend = with_pairs(generator, sharing=sharing)._sharing(*ids).blend
     assert not blend.source_tokens.any() and blend.edited_tokens.any(), "only the edited caption has words of its own"
-    # Where no word differs there is nothing to blend by (and no direction, so that nothing is accepted).
-    assert [reject["mask"] for reject in rows[1]["rejects"]] == [None, None]
+    # Where no word differs there is nothing to blend by. The direction is 0 then, and nothing is accepted.
+    strict = with_pairs(blending, thresholds=Thresholds(image=-1, image_max=2, direction=0.5, agreement=-1))
+    [row] = run(strict, batch([("e", "a dog", "it", "a dog", "ok", "")])).to_pylist()
+    assert row["reason"] == "direction < 0.5: 3"
+    assert [reject["mask"] for reject in row["rejects"]] == [None, None]
 
 
 def test_emphasis_changes_the_edited_image_alone(table, generator):
@@ -268,6 +274,93 @@ def test_latents_that_are_not_finite_get_a_verdict(generator, monkeypatch):
     rows = run(generator, batch([ROWS[0], ROWS[3]])).to_pylist()
     assert (rows[0]["status"], rows[0]["reason"]) == ("rejected", "not finite: 3")
     assert rows[1]["status"] == "ok"
+
+
+def test_rows_leave_in_order_as_soon_as_they_are_done(generator, monkeypatch):
+    """The first row is out when the engine has done little more than its samples."""
+    one_by_one = with_pairs(generator, batch_size=1, steps=4)
+    calls = []
+
+    def forward(sample, *args, **kwargs):
+        calls.append(len(sample))
+        return unet(sample, *args, **kwargs)
+
+    unet = generator.model.unet.forward
+    monkeypatch.setattr(generator.model.unet, "forward", forward)
+    seen = [(table["caption_id"].to_pylist(), sum(calls)) for table in one_by_one(batch(ROWS))]
+    assert [ids for ids, _ in seen] == [["a"], ["b"], ["c"], ["d"]]
+    whole = sum(calls)
+    # A third for each of the three rows that the model is asked for.
+    assert [samples / whole for _, samples in seen] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1])
+
+
+def test_rounds_of_earlier_rows_come_before_later_rows(generator):
+    """An adaptive row that needs a second round does not wait for all the others."""
+    adaptive = with_pairs(generator, batch_size=1, adaptive=Adaptive(round=1))
+    results = adaptive.generate([dict(zip(INSTRUCTIONS.names, row)) for row in (ROWS[0], ROWS[2], ROWS[3])])
+    started = []
+    start = adaptive._start
+    adaptive._start = lambda work, k, candidate: started.append((work.position, k)) or start(work, k, candidate)
+    assert len(list(results)) == 3
+    assert started == sorted(started)
+
+
+def test_seconds_of_rows_add_up_and_leave_waiting_out(generator):
+    started, waited = time.perf_counter(), 0.0
+    seconds = []
+    for table in generator(batch(ROWS)):
+        seconds += table["seconds"].to_pylist()
+        time.sleep(0.3)
+        waited += 0.3
+    assert sum(seconds) <= time.perf_counter() - started - waited + 0.01
+    assert min(seconds[0], *seconds[2:]) > 0 and seconds[1] == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with TORCH_USE_CUDA_DSA"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_a_broken_device_is_no_rows_fault(generator, monkeypatch, error):
+    """Not in a batch, and not with a row alone."""
+
+    def forward(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(generator.model.unet, "forward", forward)
+    for rows in (ROWS, ROWS[:1]):
+        with pytest.raises(DeviceError, match=str(error).splitlines()[0]):
+            run(generator, batch(rows))
+
+
+def test_a_row_of_one_that_raises_otherwise_is_failed(generator, monkeypatch):
+    def forward(*args, **kwargs):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(generator.model.unet, "forward", forward)
+    [row] = run(generator, batch(ROWS[:1])).to_pylist()
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError: shapes cannot be multiplied")
+
+
+def test_rows_out_before_a_failure_stay_and_the_others_are_tried(generator):
+    """The batch breaks after its first row; alone, the second fails and the third can be done."""
+
+    class Failing(PairGenerator):
+        def generate(self, rows):
+            for n, row in enumerate(rows):
+                if row["caption_id"] == "c" or (n and row["caption_id"] == "d"):
+                    raise ValueError("bad luck")
+                yield {"status": "rejected", "reason": "x", "unet_samples": len(rows)}
+
+    failing = object.__new__(Failing)
+    failing.__dict__ = dict(generator.__dict__)
+    rows = run(failing, batch(ROWS)).to_pylist()
+    assert [(row["caption_id"], row["status"], row["unet_samples"]) for row in rows] == [
+        ("a", "rejected", 3), ("b", "rejected", 0), ("c", "failed", 0), ("d", "rejected", 1)
+    ]  # fmt: skip
 
 
 def test_image_size_must_fit_the_vae(smallest: Recipe):
