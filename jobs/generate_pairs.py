@@ -16,7 +16,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from ip2p.cli import load_settings
 from ip2p.errors import UserError
-from ip2p.pairs.funnel import COLUMNS, funnel, show
+from ip2p.pairs.funnel import COLUMNS, REJECTED, count, funnel, show
 from ip2p.pairs.generate import PairGenerator, failed
 from ip2p.recipe import Recipe
 from ip2p.workspace import Workspace
@@ -32,7 +32,6 @@ ROWS_PER_FILE = 64
 # Of each generator. Captions that kill it are given up long before; one that can't start must not
 # try for ever.
 RESTARTS = 100
-REJECTED = "rejected: "  # what a count of candidates by reason begins with
 
 
 class Flags(BaseModel):
@@ -118,15 +117,6 @@ def generate(recipe: Recipe, workspace: Workspace) -> list[Written]:
 def rows_per_file(rows_per_block: int, replicas: int) -> int:
     """Return the rows collected for a file: what all generators have at work, within bounds."""
     return max(rows_per_block, min(rows_per_block * replicas, ROWS_PER_FILE))
-
-
-def count(rows: pa.Table) -> dict[str, float]:
-    """Count some rows of PAIRS for `StageCounters`."""
-    found = funnel(rows.select(COLUMNS).to_batches())
-    names = ("captions", "candidates", "accepted", "pairs", "failed", "unet_samples")
-    numbers = {name: found[name] for name in names}
-    reasons = {REJECTED + reason: number for reason, number in found["not_accepted"].items()}
-    return {**numbers, "device_seconds": found["device_seconds"], **reasons}
 
 
 def progress_line(counts: Counter[str], seconds: float, to_do: int, devices: int) -> str:
