@@ -11,8 +11,8 @@ tell which row it was. A ledger outside remembers what was started and not finis
 | a row alone breaks a second GPU | the row is `failed` with the reason |
 | a GPU breaks BREAKS times | an actor holds it for the rest of the run, and its worker leaves |
 
-The batches of a worker that has left count as lost blocks (`runtime.rows.chain`): the next pass asks
-for their rows again. When no other worker is left, the device's error ends the job.
+The batches of a worker that has left count as lost blocks (`runtime.rows.chain`): the next pass
+asks for their rows again. When no other worker is left, the device's error ends the job.
 """
 
 import logging
@@ -43,7 +43,7 @@ Device = tuple[str, str]  # id of a node, id of a GPU there
 class CrashGuard:
     """A callable class for Ray Data around `of(*arguments)`, which maps a table to tables in turn.
 
-    A row that keeps killing its worker, or breaks one GPU after the other, becomes `fail(row, reason)`.
+    A row that keeps killing its worker or breaking GPUs becomes `fail(row, reason)`.
     Restarts take as many retries as Ray Data grants by default, without end: calls that a lost node
     refuses, before Ray knows that it is lost, are counted too.
     """
@@ -89,7 +89,8 @@ class CrashGuard:
         breaks, others = self.ledger.note_break(device, str(error), alone, _actor_id())
         held = breaks >= BREAKS
         what = "it gets no more work" if held else "the process restarts and tries the batch again"
-        log.error("GPU %s of node %s broke (%d of %d): %s: %s", gpu, node, breaks, BREAKS, error, what)
+        count = f"{breaks} of {BREAKS}"
+        log.error("GPU %s of node %s broke (%s): %s: %s", gpu, node, count, error, what)
         if not held:
             os._exit(1)
         if not others:
@@ -106,8 +107,8 @@ def _actor_id() -> str:
 class CrashLedger:
     """What was started and not finished, and which GPUs broke, kept on the driver's node.
 
-    It outlives the workers and their nodes. When the driver's last handle is gone it ends, and gives
-    the GPUs that it holds back.
+    It outlives the workers and their nodes. When the driver's last handle is gone it ends and gives
+    its GPUs back.
     """
 
     def __init__(self) -> None:
@@ -138,8 +139,14 @@ class CrashLedger:
         """Note that a row alone is done."""
         self._ledger.end.remote(id_)
 
-    def note_break(self, device: Device, error: str, alone: str | None, worker: str) -> tuple[int, int]:
-        """Note that `device` broke; return how often it has, and how many others than `worker` work.
+    def note_break(
+        self,
+        device: Device,
+        error: str,
+        alone: str | None,
+        worker: str,
+    ) -> tuple[int, int]:
+        """Note that `device` broke under `worker`; return its breaks and how many others work.
 
         A device that has broken BREAKS times is held for the rest of the run.
         """
@@ -176,7 +183,13 @@ class _Ledger:
         self.begin(id_)
         return ""
 
-    def note_break(self, device: Device, error: str, alone: str | None, worker: str) -> tuple[int, int]:
+    def note_break(
+        self,
+        device: Device,
+        error: str,
+        alone: str | None,
+        worker: str,
+    ) -> tuple[int, int]:
         self.breaks[device] += 1
         if alone is not None:
             self.begun[alone] -= 1  # the device is to blame, until another one breaks as well
@@ -189,7 +202,7 @@ class _Ledger:
         return self.breaks[device], len(self.workers - {worker})
 
     def _hold(self, device: Device) -> None:
-        """Hold a GPU. Ray lends any free one of a node: keep wrong ones until the right one comes."""
+        """Hold a GPU. Ray lends any free one of a node: keep others until the right one comes."""
         node, gpu = device
         here = NodeAffinitySchedulingStrategy(node, soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": here}

@@ -95,7 +95,7 @@ class _Counters:
 
 
 class WithCounters:
-    """A callable class for Ray Data that counts what `of(*arguments)` returns, and logs failed rows.
+    """A callable class for Ray Data that counts what `of(*arguments)` gives and logs failed rows.
 
     Like the callable inside, it maps a batch to one table or to tables in turn.
     """

@@ -1,4 +1,4 @@
-"""The one resumable chain: `source` -> steps -> `sink`, one row for each row, none lost, none doubled.
+"""The one resumable chain, `source` -> steps -> `sink`: no row is lost, none is doubled.
 
 The data file is the commit. Each write task writes one parquet file, atomically, and names it after
 the run, the pass and the task: `<epoch>-<pass>-<task>.parquet`. A retried task overwrites its own
@@ -38,7 +38,8 @@ from runtime.progress import StageCounters, WithCounters, time_left
 
 # Less than a whole CPU each: on two cores a stage's actors would leave nothing for its tasks.
 ACTOR_CPUS = 0.4
-TASK_CPUS = 0.1
+TASK_CPUS = 0.1  # of a task that mostly waits
+WRITE_CPUS = 0.25
 # A row larger than this leaves its actor by itself, as soon as it is done. Smaller rows leave
 # together. Ray plans memory by this number: with 1 byte, for rows of any size, it stands still.
 BLOCK_BYTES = 2**20
@@ -95,7 +96,7 @@ def chain(
     complete: bool = True,
     lost_blocks: int = 0,
 ) -> list[Written]:
-    """Run `steps` on the rows of `source` that `sink` does not have, and append the results to `sink`.
+    """Run `steps` on the rows of `source` that `sink` does not have, and write the results there.
 
     Args:
         id_column: Names the column of strings that identifies a row in both folders.
@@ -104,7 +105,8 @@ def chain(
         epoch: The number of this run. It must be larger than that of any earlier run in `sink`.
         line: Formats a line of progress.
         rows_per_file: Rows collected for a file, at least. None: `rows_per_task`.
-        count: Counts a file's rows for the `Written` of that file.
+        count: Counts a file's rows for the `Written` of that file. Write tasks import its module,
+            which should not import torch: four of them may run on each CPU of a node.
         complete: Whether `sink` must have every row of `source` at the end.
         lost_blocks: Blocks of `rows_per_task` rows that the first pass may lose without ending, for
             example with an actor whose GPU is broken. The second pass asks for them again.
@@ -114,7 +116,7 @@ def chain(
 
     Raises:
         UserError: `sink` has rows that `source` does not have.
-        RuntimeError: Rows are still missing after the last pass, or `sink` has files of a newer run.
+        RuntimeError: Rows are missing after the last pass, or `sink` has files of a newer run.
     """
     wanted = read_ids(workspace, source, id_column)
     if len(np.unique(wanted)) != len(wanted):
@@ -131,7 +133,7 @@ def chain(
         with counters.shown(show):
             rows = missing_rows(workspace, source, id_column, missing, rows_per_task)
             rows.context.max_errored_blocks = 0 if number else lost_blocks
-            steps(rows, counters).write_datasink(to, ray_remote_args={"num_cpus": TASK_CPUS})
+            steps(rows, counters).write_datasink(to, ray_remote_args={"num_cpus": WRITE_CPUS})
         written += to.written
         if not complete or adds_up(workspace, sink, before, missing, to.written):
             return written
@@ -148,10 +150,16 @@ def _line(line: Line, to_do: int, counts: Counter[str], seconds: float) -> str:
     return line(counts, seconds, to_do)
 
 
-def missing_rows(workspace: Workspace, source: str, id_column: str, missing: np.ndarray, rows_per_task: int) -> Dataset:
+def missing_rows(
+    workspace: Workspace,
+    source: str,
+    id_column: str,
+    missing: np.ndarray,
+    rows_per_task: int,
+) -> Dataset:
     """Read the rows of `source` whose ids are in `missing`, in blocks of `rows_per_task`.
 
-    Ray runs reading, filtering and cutting as tasks of one whole CPU: only so it fuses the last two.
+    Filtering and cutting ask for a whole CPU each, as Ray's cutting does: else they are not fused.
     """
     rows = ray.data.read_parquet(
         workspace.path(source),
@@ -213,8 +221,8 @@ class Sink(Datasink[Written]):
 def put_table(workspace: Workspace, table: pa.Table, folder: str, name: str) -> int:
     """Write a parquet file that exists whole or not at all, and return its size in bytes.
 
-    A store's object appears when its upload is complete. The upload begins when the whole file is in
-    memory: closed by an exception, a half-written stream of pyarrow would be an object as well.
+    A store's object appears when its upload is complete. The upload begins when the whole file is
+    in memory: pyarrow completes the upload of a stream that an exception closes half-written.
     """
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
@@ -233,7 +241,12 @@ def put_table(workspace: Workspace, table: pa.Table, folder: str, name: str) -> 
     return data.size
 
 
-def reconcile(workspace: Workspace, sink: str, id_column: str, wanted: np.ndarray) -> tuple[dict[str, int], np.ndarray]:
+def reconcile(
+    workspace: Workspace,
+    sink: str,
+    id_column: str,
+    wanted: np.ndarray,
+) -> tuple[dict[str, int], np.ndarray]:
     """Drop doubled rows of `sink`; return its files (name -> size) and the sorted ids it misses.
 
     Of a doubled row the copy in the newest file is kept.
@@ -296,8 +309,8 @@ def forget(
     """Remove rows from `sink`, so that the next run asks for them again; return their number.
 
     `which` maps a table of `columns` to booleans. Files are replaced one by one, each atomically:
-    interrupted, this leaves some rows to be asked for and some as they were. Take the stage's mark of
-    completion away before.
+    interrupted, this leaves some rows to be asked for and some as they were. Remove the stage's
+    mark of completion first.
     """
     total = 0
     for name in files(workspace, sink):
@@ -362,7 +375,7 @@ def read_ids(workspace: Workspace, folder: str, id_column: str) -> np.ndarray:
 
 
 def ids_of_files(workspace: Workspace, paths: Sequence[str], id_column: str) -> list[np.ndarray]:
-    """Read the ids of each file, in the order of its rows. `paths` are relative to the workspace."""
+    """Read the ids of each file in the order of its rows. `paths` are relative to the workspace."""
 
     def read(path: str) -> np.ndarray:
         with workspace.open_in(path) as file:
@@ -378,7 +391,7 @@ def id_array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def id_sum(ids: np.ndarray) -> int:
-    """Return the sum of a 64-bit hash of each id: equal for equal multisets, whatever their order."""
+    """Return the sum of a 64-bit hash of each id, which does not depend on their order."""
     digests = (hashlib.blake2b(value, digest_size=8).digest() for value in ids.tolist())
     return sum(int.from_bytes(digest, "big") for digest in digests) % 2**64
 
@@ -391,7 +404,7 @@ def scored(
     arguments: tuple,
     rows_per_task: int,
 ) -> Dataset:
-    """Map rows by `evaluate.replicas` actors, made with `arguments`, on GPUs where there are any."""
+    """Map rows by `evaluate.replicas` actors, `actor(*arguments)`, on GPUs where there are any."""
     return rows.map_batches(
         WithCounters,  # pyright: ignore[reportArgumentType]
         fn_constructor_args=(actor, arguments, counters, lambda rows: {"rows": rows.num_rows}),

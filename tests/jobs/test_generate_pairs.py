@@ -192,6 +192,56 @@ def test_a_node_that_dies_takes_no_row_with_it(recipe, tmp_path, start_job):
     check_complete(workspace, recipe, count)
 
 
+BAD_GPU = """
+import sys
+import ray
+from ip2p.pairs.generate import PairGenerator
+from ip2p.recipe import Recipe
+from ip2p.workspace import Workspace
+from jobs import generate_pairs
+from runtime.connect import connect
+
+class BadGpu(PairGenerator):
+    def __init__(self, recipe):
+        self.batch_size, self.calls = 4, 0
+    def generate(self, rows):
+        self.calls += 1
+        if self.calls > 1 and ray.get_gpu_ids() == [0]:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        for row in rows:
+            yield {"status": "ok", "reason": "", "candidates": []}
+
+ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False)
+connect()
+generate_pairs.PairGenerator = BadGpu
+generate_pairs.generator_resources = lambda recipe: {"num_gpus": 1, "num_cpus": 0}
+recipe = Recipe.model_validate_json(open(sys.argv[1]).read())
+generate_pairs.generate(recipe, Workspace(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_gpu_that_breaks_fails_no_caption(recipe, tmp_path):
+    count = 24
+    workspace = Workspace(tmp_path / "run")
+    write_instructions(workspace, count)
+    several = {"rows_per_block": 2, "replicas": 2}
+    recipe = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update=several)})
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    command = [sys.executable, "-c", BAD_GPU, str(tmp_path / "recipe.json"), workspace.location]
+    assert subprocess.run(command, timeout=400, check=False).returncode == 0
+    rows = workspace.read_table("pairs").to_pylist()
+    assert sorted(row["caption_id"] for row in rows) == [f"{k:04d}" for k in range(count)]
+    assert Counter(row["status"] for row in rows) == {"ok": count - 1, "rejected": 1}
+
+
+def test_files_hold_what_all_generators_have_at_work():
+    assert generate_pairs.rows_per_file(8, 1) == 8
+    assert generate_pairs.rows_per_file(8, 4) == 32
+    assert generate_pairs.rows_per_file(8, 512) == 64
+    assert generate_pairs.rows_per_file(100, 2) == 100
+
+
 def test_what_the_line_of_generate_pairs_says():
     counts = Counter(captions=10, candidates=60, accepted=30, pairs=25, unet_samples=1920, device_seconds=9.0)
     counts |= {"rejected: direction < 0.8": 20, "rejected: image < 0.5": 10}

@@ -59,3 +59,26 @@ def test_workers_count_and_the_driver_shows(local_ray, monkeypatch, capsys):
 @pytest.mark.parametrize(("done", "said"), [(0, "? left"), (5, "0:30 left"), (10, "0:10 left"), (15, "0:00 left")])
 def test_time_left(done: float, said: str):
     assert time_left(done, 15, seconds=20 if done == 10 else 15) == said
+
+
+def test_a_stage_whose_counters_are_lost_runs_on(local_ray, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.2)
+    counters = StageCounters("test_lost")
+    with counters.shown(lambda counts, _: str(counts["rows"])):
+        counters.add({"rows": 1})
+        time.sleep(1)
+        ray.kill(counters._counters)
+        time.sleep(2)
+        counters.add({"rows": 1})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["test_lost: 1", "test_lost: the counters are lost; the rest runs unseen"]
+
+
+def test_lines_count_from_the_start_of_their_block(local_ray, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.2)
+    counters = StageCounters("test_passes")
+    counters.add({"rows": 5})
+    with counters.shown(lambda counts, _: str(counts["rows"])):
+        counters.add({"rows": 1})
+        time.sleep(1)
+    assert "test_passes: 1\n" in capsys.readouterr().out
