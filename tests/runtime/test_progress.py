@@ -48,12 +48,19 @@ def test_workers_count_and_the_driver_shows(local_ray, monkeypatch, capsys):
 
     address = f"http://{ray.nodes()[0]['NodeManagerAddress']}:{ray.nodes()[0]['MetricsExportPort']}/metrics"
     deadline = time.monotonic() + 60
-    while "ray_ip2p_test_stage_rejected_total{" not in (text := httpx.get(address).text):
-        assert time.monotonic() < deadline, "the metrics are not exported"
+    while total(exported := rejected(address)) != 10:
+        assert time.monotonic() < deadline, f"exported: {exported}"
         time.sleep(0.5)
-    exported = [line for line in text.splitlines() if line.startswith("ray_ip2p_test_stage_rejected_total{")]
-    assert sum(float(line.rpartition(" ")[2]) for line in exported) == 10
     assert all('reason="dull"' in line for line in exported)
+
+
+def rejected(address: str) -> list[str]:
+    name = "ray_ip2p_test_stage_rejected_total{"
+    return [line for line in httpx.get(address).text.splitlines() if line.startswith(name)]
+
+
+def total(lines: list[str]) -> float:
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 @pytest.mark.parametrize(("done", "said"), [(0, "? left"), (5, "0:30 left"), (10, "0:10 left"), (15, "0:00 left")])
