@@ -336,6 +336,17 @@ def test_a_broken_device_is_no_rows_fault(generator, monkeypatch, error):
             run(generator, batch(rows))
 
 
+def test_a_row_too_large_for_the_memory_is_failed(generator, monkeypatch):
+    """It does not break the device: the process works on."""
+
+    def forward(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA error: out of memory")
+
+    monkeypatch.setattr(generator.model.unet, "forward", forward)
+    [row] = run(with_pairs(generator, batch_size=1), batch(ROWS[:1])).to_pylist()
+    assert (row["status"], row["reason"]) == ("failed", "OutOfMemoryError: CUDA error: out of memory")
+
+
 def test_a_row_of_one_that_raises_otherwise_is_failed(generator, monkeypatch):
     def forward(*args, **kwargs):
         raise RuntimeError("shapes cannot be multiplied")
