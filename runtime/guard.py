@@ -55,8 +55,12 @@ class CrashGuard:
         ledger: "CrashLedger",
         fail: Callable[[pa.Table, str], pa.Table],
     ):
-        self.inner, self.ledger, self.fail = of(*arguments), ledger, fail
+        self.ledger, self.fail = ledger, fail
         self.ledger.join(_actor_id())
+        try:
+            self.inner = of(*arguments)
+        except DeviceError as error:
+            self._leave(error, alone=None)
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         ids = rows["caption_id"].to_pylist()
@@ -78,15 +82,18 @@ class CrashGuard:
         try:
             yield from tables(self.inner(rows))
         except DeviceError as error:
-            gpus = ray.get_gpu_ids()
-            if not gpus:
-                raise
-            self._leave((ray.get_runtime_context().get_node_id(), str(gpus[0])), error, alone)
+            self._leave(error, alone)
 
-    def _leave(self, device: Device, error: DeviceError, alone: str | None) -> NoReturn:
-        """End this process, for now or for good, or raise `error` when no other worker is left."""
-        node, gpu = device
-        breaks, others = self.ledger.note_break(device, str(error), alone, _actor_id())
+    def _leave(self, error: DeviceError, alone: str | None) -> NoReturn:
+        """End this process, for now or for good.
+
+        Raises `error` when no other worker is left, or when this one has no GPU of Ray's.
+        """
+        gpus = ray.get_gpu_ids()
+        if not gpus:
+            raise error
+        node, gpu = ray.get_runtime_context().get_node_id(), str(gpus[0])
+        breaks, others = self.ledger.note_break((node, gpu), str(error), alone, _actor_id())
         held = breaks >= BREAKS
         what = "it gets no more work" if held else "the process restarts and tries the batch again"
         count = f"{breaks} of {BREAKS}"

@@ -111,7 +111,8 @@ class _Stopwatch:
 class PairGenerator:
     """Loads the models once; maps batches of rows of `instructions/` to rows of `pairs/`, one for one.
 
-    Raises `UserError` for models that can't be loaded and for an image size that they don't have.
+    Raises `UserError` for models that can't be loaded and for an image size that they don't have,
+    `DeviceError` for a GPU that does not work.
     """
 
     def __init__(self, recipe: Recipe):
@@ -119,8 +120,12 @@ class PairGenerator:
         self.recipe = recipe
         self.settings = recipe.pairs
         self.batch_size = recipe.pairs.batch_size
-        self.model = load_text_to_image(recipe.models.text_to_image, recipe.models.vae, device)
-        self.clip = ClipSimilarity(load_clip(recipe.models.clip, device))
+        try:
+            self.model = load_text_to_image(recipe.models.text_to_image, recipe.models.vae, device)
+            self.clip = ClipSimilarity(load_clip(recipe.models.clip, device))
+        except RuntimeError as error:
+            _raise_broken_device(error)
+            raise
         self.schedule = NoiseSchedule.from_config(self.model.schedule.alphas_cumprod, self.model.schedule.config)
         self.eos: int = self.model.tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.shape = self.model.latent_shape(self.settings.height, self.settings.width)

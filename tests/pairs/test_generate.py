@@ -336,6 +336,15 @@ def test_a_broken_device_is_no_rows_fault(generator, monkeypatch, error):
             run(generator, batch(rows))
 
 
+def test_a_device_that_is_broken_from_the_start(smallest, monkeypatch):
+    def load(*_):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr("ip2p.pairs.generate.load_clip", load)
+    with pytest.raises(DeviceError, match="busy or unavailable"):
+        PairGenerator(smallest)
+
+
 def test_a_row_too_large_for_the_memory_is_failed(generator, monkeypatch):
     """It does not break the device: the process works on."""
 

@@ -30,6 +30,8 @@ from runtime.rows import TASKS_PER_ACTOR, chain
 class Worker:
     def __init__(self, fault):
         self.fault, self.calls = fault, 0
+        if fault == "load" and ray.get_gpu_ids()[0] == 0:
+            raise DeviceError("CUDA error: uncorrectable ECC error encountered")
     def __call__(self, table):
         self.calls += 1
         for n in range(table.num_rows):
@@ -71,8 +73,10 @@ def run_job(workspace: Workspace, fault: str, count: int = 24) -> tuple[subproce
 
 
 @pytest.mark.slow
-def test_a_gpu_that_breaks_again_and_again_is_held_and_its_rows_are_done_elsewhere(tmp_path):
-    done, found = run_job(Workspace(tmp_path / "run"), "gpu")
+@pytest.mark.parametrize("fault", ["gpu", "load"])
+def test_a_gpu_that_breaks_again_and_again_is_held_and_its_rows_are_done_elsewhere(tmp_path, fault):
+    """It breaks at work, in each process from its second batch on, or when the models are loaded."""
+    done, found = run_job(Workspace(tmp_path / "run"), fault)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["caption_id"] for row in found] == [f"{k:04d}" for k in range(24)]
     assert {row["status"] for row in found} == {"ok"}
