@@ -56,7 +56,8 @@ class CrashGuard:
         fail: Callable[[pa.Table, str], pa.Table],
     ):
         self.ledger, self.fail = ledger, fail
-        self.ledger.join(_actor_id())
+        if self.ledger.join(_actor_id(), _device()):
+            os._exit(1)  # a GPU on its way to its holder, lent once more in between
         try:
             self.inner = of(*arguments)
         except DeviceError as error:
@@ -89,11 +90,11 @@ class CrashGuard:
 
         Raises `error` when no other worker is left, or when this one has no GPU of Ray's.
         """
-        gpus = ray.get_gpu_ids()
-        if not gpus:
+        device = _device()
+        if device is None:
             raise error
-        node, gpu = ray.get_runtime_context().get_node_id(), str(gpus[0])
-        breaks, others = self.ledger.note_break((node, gpu), str(error), alone, _actor_id())
+        breaks, others = self.ledger.note_break(device, str(error), alone, _actor_id())
+        node, gpu = device
         held = breaks >= BREAKS
         what = "it gets no more work" if held else "the process restarts and tries the batch again"
         count = f"{breaks} of {BREAKS}"
@@ -105,6 +106,12 @@ class CrashGuard:
         ray.kill(ray.get_runtime_context().current_actor)  # without a restart
         while True:
             time.sleep(1)
+
+
+def _device() -> Device | None:
+    """Return the GPU that Ray has lent to this process, if any."""
+    gpus = ray.get_gpu_ids()
+    return (ray.get_runtime_context().get_node_id(), str(gpus[0])) if gpus else None
 
 
 def _actor_id() -> str:
@@ -126,9 +133,9 @@ class CrashLedger:
         """Note that the workers of the pass before are gone."""
         ray.get(self._ledger.start_pass.remote())
 
-    def join(self, worker: str) -> None:
-        """Note that `worker` takes part."""
-        self._ledger.join.remote(worker)
+    def join(self, worker: str, device: Device | None) -> bool:
+        """Note that `worker` takes part, unless `device` may get no more work; return whether so."""
+        return ray.get(self._ledger.join.remote(worker, device))
 
     def begin(self, ids: Sequence[str]) -> int:
         """Note that a batch begins; return how often it has begun before without an end."""
@@ -172,8 +179,11 @@ class _Ledger:
     def start_pass(self) -> None:
         self.workers.clear()
 
-    def join(self, worker: str) -> None:
+    def join(self, worker: str, device: Device | None) -> bool:
+        if device is not None and self.breaks[device] >= BREAKS:
+            return True
         self.workers.add(worker)
+        return False
 
     def begin(self, what: Any) -> int:
         self.begun[what] += 1
