@@ -61,7 +61,7 @@ class CrashGuard:
         try:
             self.inner = of(*arguments)
         except DeviceError as error:
-            self._leave(error, alone=None)
+            self._leave(error, alone=None, loading=True)
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         ids = rows["caption_id"].to_pylist()
@@ -85,7 +85,7 @@ class CrashGuard:
         except DeviceError as error:
             self._leave(error, alone)
 
-    def _leave(self, error: DeviceError, alone: str | None) -> NoReturn:
+    def _leave(self, error: DeviceError, alone: str | None, loading: bool = False) -> NoReturn:
         """End this process, for now or for good.
 
         Raises `error` when no other worker is left, or when this one has no GPU of Ray's.
@@ -99,13 +99,14 @@ class CrashGuard:
         what = "it gets no more work" if held else "the process restarts and tries the batch again"
         count = f"{breaks} of {BREAKS}"
         log.error("GPU %s of node %s broke (%s): %s: %s", gpu, node, count, error, what)
-        if not held:
-            os._exit(1)
-        if not others:
+        if held and not others:
             raise error
-        ray.kill(ray.get_runtime_context().current_actor)  # without a restart
-        while True:
-            time.sleep(1)
+        if held and not loading:
+            ray.kill(ray.get_runtime_context().current_actor)  # without a restart
+            while True:
+                time.sleep(1)
+        # Without its models a worker has no batch to give up: it restarts on another GPU, or waits.
+        os._exit(1)
 
 
 def _device() -> Device | None:
