@@ -56,12 +56,13 @@ class CrashGuard:
         fail: Callable[[pa.Table, str], pa.Table],
     ):
         self.ledger, self.fail = ledger, fail
-        if self.ledger.join(_actor_id(), _device()):
-            os._exit(1)  # a GPU on its way to its holder, lent once more in between
+        if self.ledger.is_held(_device()):
+            self._exit(for_good=True)  # on its way to its holder the GPU was lent once more
         try:
             self.inner = of(*arguments)
         except DeviceError as error:
-            self._leave(error, alone=None, loading=True)
+            self._leave(error, alone=None)
+        self.ledger.join(_actor_id())
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         ids = rows["caption_id"].to_pylist()
@@ -85,7 +86,7 @@ class CrashGuard:
         except DeviceError as error:
             self._leave(error, alone)
 
-    def _leave(self, error: DeviceError, alone: str | None, loading: bool = False) -> NoReturn:
+    def _leave(self, error: DeviceError, alone: str | None) -> NoReturn:
         """End this process, for now or for good.
 
         Raises `error` when no other worker is left, or when this one has no GPU of Ray's.
@@ -101,11 +102,18 @@ class CrashGuard:
         log.error("GPU %s of node %s broke (%s): %s: %s", gpu, node, count, error, what)
         if held and not others:
             raise error
-        if held and not loading:
-            ray.kill(ray.get_runtime_context().current_actor)  # without a restart
+        self._exit(for_good=held)
+
+    def _exit(self, for_good: bool) -> NoReturn:
+        """End this process; Ray restarts it unless it is `for_good`.
+
+        A worker that has never been ready holds no batch, and Ray Data takes its end for good as an
+        error: it is restarted in any case, on another GPU, or waits for one.
+        """
+        if for_good and self.ledger.has_joined(_actor_id()):
+            ray.kill(ray.get_runtime_context().current_actor)
             while True:
                 time.sleep(1)
-        # Without its models a worker has no batch to give up: it restarts on another GPU, or waits.
         os._exit(1)
 
 
@@ -134,9 +142,17 @@ class CrashLedger:
         """Note that the workers of the pass before are gone."""
         ray.get(self._ledger.start_pass.remote())
 
-    def join(self, worker: str, device: Device | None) -> bool:
-        """Note that `worker` takes part, unless `device` may get no more work; return whether so."""
-        return ray.get(self._ledger.join.remote(worker, device))
+    def join(self, worker: str) -> None:
+        """Note that `worker` is ready for batches."""
+        ray.get(self._ledger.join.remote(worker))
+
+    def has_joined(self, worker: str) -> bool:
+        """Whether `worker` has been ready for batches, in this process or in one before."""
+        return ray.get(self._ledger.has_joined.remote(worker))
+
+    def is_held(self, device: Device | None) -> bool:
+        """Whether `device` may get no more work."""
+        return ray.get(self._ledger.is_held.remote(device))
 
     def begin(self, ids: Sequence[str]) -> int:
         """Note that a batch begins; return how often it has begun before without an end."""
@@ -171,7 +187,8 @@ class CrashLedger:
 class _Ledger:
     def __init__(self) -> None:
         self.begun: Counter[Any] = Counter()
-        self.workers: set[str] = set()
+        self.workers: set[str] = set()  # of this pass, at work
+        self.joined: set[str] = set()  # all that were ever ready
         self.breaks: Counter[Device] = Counter()
         self.broken_by: defaultdict[str, set[Device]] = defaultdict(set)  # by a row alone
         self.errors: dict[str, str] = {}
@@ -180,11 +197,15 @@ class _Ledger:
     def start_pass(self) -> None:
         self.workers.clear()
 
-    def join(self, worker: str, device: Device | None) -> bool:
-        if device is not None and self.breaks[device] >= BREAKS:
-            return True
+    def join(self, worker: str) -> None:
         self.workers.add(worker)
-        return False
+        self.joined.add(worker)
+
+    def has_joined(self, worker: str) -> bool:
+        return worker in self.joined
+
+    def is_held(self, device: Device | None) -> bool:
+        return device is not None and self.breaks[device] >= BREAKS
 
     def begin(self, what: Any) -> int:
         self.begun[what] += 1

@@ -129,7 +129,8 @@ def test_a_batch_that_comes_again_is_known():
 
 def test_breaks_of_one_gpu_are_no_deaths_of_a_row():
     book = ledger()
-    assert not book.join("first", ("node", "0")) and not book.join("second", ("node", "1"))
+    book.join("first")
+    book.join("second")
     for n in range(1, 4):
         assert book.begin_alone("a") == ""
         assert book.note_break(("node", "0"), "ECC", "a", "first") == (n, 1)
@@ -144,8 +145,8 @@ def test_a_gpu_is_held_once_from_its_third_break():
         book.note_break(("node", "0"), "ECC", None, "first")
         book.note_break(("other", "0"), "ECC", None, "second") if not book.holders else None
     assert book.holders == [("node", "0")]
-    assert book.join("third", ("node", "0")), "lent once more on its way to its holder"
-    assert not book.join("fourth", ("other", "0")) and book.workers == {"fourth"}
+    assert book.is_held(("node", "0")) and not book.is_held(("other", "0"))
+    assert not book.is_held(None)
 
 
 def test_without_a_gpu_a_devices_error_is_a_plain_one(local_ray):
