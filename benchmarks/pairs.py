@@ -151,7 +151,7 @@ def _load(recipe: Recipe) -> None:
 
 
 def _generate(rows: list[Row]) -> tuple[float, list[Row]]:
-    results = _generator.generate(rows)
+    results = list(_generator.generate(rows))
     return time.time(), results
 
 

@@ -1,5 +1,6 @@
 """The only place that loads models: Stable Diffusion of diffusers, CLIP of open_clip, DINO and language models."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from transformers import (
 
 from ip2p.errors import UserError
 from ip2p.recipe import LOCAL_CLIP, ClipRef, ModelRef, locate
+
+# Messages of CUDA and its libraries, and of drivers that have lost a GPU.
+DEVICE_ERRORS = re.compile(r"CUDA error|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|\bECC\b|\bXid\b|NCCL error")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,16 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def is_device_error(error: Exception) -> bool:
+    """Whether `error` says that the GPU, or this process's context on it, is broken.
+
+    Running out of memory is not: the process works on with smaller batches.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or bool(DEVICE_ERRORS.search(str(error)))
 
 
 def load_text_to_image(

@@ -11,8 +11,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from pydantic import Field
-from ray.data import ActorPoolStrategy, DataContext, Dataset, SaveMode
-from ray.data.checkpoint import CheckpointConfig
+from ray.data import ActorPoolStrategy, Dataset
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from ip2p.captions.answers import ANSWERS, AnswerReader, names_type
@@ -32,7 +31,8 @@ from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
 from runtime.exit import exit_statuses
 from runtime.job import job
-from runtime.progress import Counted, Tally, time_left
+from runtime.progress import StageCounters, WithCounters, time_left
+from runtime.rows import chain, newest_epoch
 
 # Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and a task needs room as well.
 ENGINE_CPUS = 0.5
@@ -103,33 +103,24 @@ def generate(recipe: Recipe, workspace: Workspace, attempt: int, left: int) -> N
     Before the last attempt that is a row for what is settled; the others stay without, to be asked again.
     """
     connect()
-    context = DataContext.get_current()
-    context.checkpoint_config = CheckpointConfig(
-        id_column="caption_id",
-        checkpoint_path=workspace.path("checkpoints", "instructions"),
-        override_filesystem=workspace.fs,
-        delete_checkpoint_on_success=False,
-    )
-    tally = Tally("edit_captions")
-    again = f", attempt {attempt} of {recipe.instructions.attempts} for {left} captions" if attempt > 1 else ""
+    attempts = recipe.instructions.attempts
+    again = f", attempt {attempt} of {attempts} for {left} captions" if attempt > 1 else ""
     print(f"edit_captions: {recipe.instructions.replicas} vLLM engine(s) with {recipe.models.llm.path}{again}")
-    try:
-        with tally.shown(lambda counts, seconds: progress_line(counts, seconds, left)):
-            captions = ray.data.read_parquet(
-                workspace.path("captions"), filesystem=workspace.fs, num_cpus=TASK_CPUS
-            ).repartition(target_num_rows_per_block=recipe.instructions.batch_size)
-            answered(captions, recipe, attempt, tally).write_parquet(
-                workspace.path("instructions"),
-                filesystem=workspace.fs,
-                mode=SaveMode.APPEND,
-                ray_remote_args={"num_cpus": TASK_CPUS},
-            )
-    finally:
-        # It is the whole process's, and other stages have other ids.
-        context.checkpoint_config = None
+    chain(
+        workspace,
+        "captions",
+        "instructions",
+        "caption_id",
+        recipe.instructions.batch_size,
+        lambda captions, counters: answered(captions, recipe, attempt, counters),
+        StageCounters("edit_captions"),
+        newest_epoch(workspace, "instructions") + 1,
+        line=progress_line,
+        complete=attempt == attempts,
+    )
 
 
-def answered(captions: Dataset, recipe: Recipe, attempt: int, tally: Tally) -> Dataset:
+def answered(captions: Dataset, recipe: Recipe, attempt: int, counters: StageCounters) -> Dataset:
     """CAPTIONS -> the model -> INSTRUCTIONS; see AnswerReader for what `attempt` leaves out."""
     light: dict[str, Any] = {"num_cpus": TASK_CPUS}
     model = build_processor(
@@ -143,8 +134,8 @@ def answered(captions: Dataset, recipe: Recipe, attempt: int, tally: Tally) -> D
     model.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = ENGINE_RESTARTS
     edit_type = None if names_type(recipe) else edit_kind
     return model(captions).map_batches(
-        Counted,  # pyright: ignore[reportArgumentType]
-        fn_constructor_args=(AnswerReader, (recipe, attempt, edit_type), tally, count),
+        WithCounters,  # pyright: ignore[reportArgumentType]
+        fn_constructor_args=(AnswerReader, (recipe, attempt, edit_type), counters, count),
         batch_format="pyarrow",
         batch_size=recipe.instructions.batch_size,
         compute=ActorPoolStrategy(size=1),
@@ -167,7 +158,7 @@ def preview(recipe: Recipe, captions: int) -> None:
     print(f"edit_captions: {recipe.models.llm.path} is asked for {len(chosen)} captions, once")
     once = {"attempts": 1, "replicas": 1}
     recipe = recipe.model_copy(update={"instructions": recipe.instructions.model_copy(update=once)})
-    rows = answered(ray.data.from_items(chosen), recipe, 1, Tally("preview")).take_all()
+    rows = answered(ray.data.from_items(chosen), recipe, 1, StageCounters("preview")).take_all()
     for row in rows:
         print(example(row))
     print(f"edit_captions: {histogram(row['edit_type'] for row in rows if row['status'] == 'ok')}")

@@ -26,8 +26,8 @@ from ip2p.workspace import Workspace
 from jobs import judge_edits
 from runtime.connect import connect
 from runtime.job import job
-from runtime.progress import Tally
-from runtime.rows import chain, scored
+from runtime.progress import StageCounters
+from runtime.rows import chain, run_epoch, scored
 
 CAPTIONS_PER_TASK = 4
 
@@ -89,10 +89,19 @@ def score(
 ) -> None:
     """`evaluation/<source>` -> actors -> `evaluation/<sink>`."""
 
-    def by_actors(rows: Dataset, tally: Tally) -> Dataset:
-        return scored(rows, tally, recipe, actor, arguments, rows_per_task)
+    def by_actors(rows: Dataset, counters: StageCounters) -> Dataset:
+        return scored(rows, counters, recipe, actor, arguments, rows_per_task)
 
-    chain(workspace, f"evaluation/{source}", f"evaluation/{sink}", id_column, rows_per_task, by_actors)
+    chain(
+        workspace,
+        f"evaluation/{source}",
+        f"evaluation/{sink}",
+        id_column,
+        rows_per_task,
+        by_actors,
+        StageCounters("evaluate"),
+        run_epoch(workspace, f"evaluation/{sink}"),
+    )
 
 
 def check(recipe: Recipe) -> None:

@@ -35,7 +35,8 @@ from ip2p.workspace import Workspace
 from jobs.evaluate import check, editors
 from runtime.connect import connect
 from runtime.job import job
-from runtime.rows import chain, scored
+from runtime.progress import StageCounters
+from runtime.rows import chain, run_epoch, scored
 
 SESSIONS_PER_FILE = 32  # some MB each
 SESSIONS_PER_TASK = 4  # what a crash can cost
@@ -80,7 +81,9 @@ def run(recipe: Recipe, workspace: Workspace, benchmark: str, overwrite: bool = 
             "benchmark/edits",
             "id",
             SESSIONS_PER_TASK,
-            lambda rows, tally: scored(rows, tally, recipe, BenchmarkScorer, arguments, SESSIONS_PER_TASK),
+            lambda rows, counters: scored(rows, counters, recipe, BenchmarkScorer, arguments, SESSIONS_PER_TASK),
+            StageCounters("evaluate"),
+            run_epoch(workspace, "benchmark/edits"),
         )
         counts |= write_metrics(workspace)
         stage.finish(counts, rows=counts["edits"], failed=counts["failed"], example="see benchmark/metrics.parquet")

@@ -1,6 +1,6 @@
 """Stage 2: Stable Diffusion with Prompt-to-Prompt makes candidate image pairs; CLIP keeps the good ones.
 
-instructions/ -> PairGenerator (draw, generate, score, judge) -> pairs/, one row for every caption, come what may
+instructions/ -> PairGenerator (draw, generate, score, judge) -> pairs/, one row for every caption
 """
 
 from collections import Counter
@@ -9,26 +9,26 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-from ray.data import ActorPoolStrategy, DataContext, SaveMode
-from ray.data.checkpoint import CheckpointConfig
+from ray.data import ActorPoolStrategy, Dataset
 
 from ip2p.cli import RowStageFlags, load_settings
-from ip2p.pairs.funnel import COLUMNS, funnel, show
+from ip2p.pairs.funnel import COLUMNS, REJECTED, count, funnel, show
 from ip2p.pairs.generate import PairGenerator, failed
 from ip2p.recipe import Recipe
 from ip2p.stage import Stage
 from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
-from runtime.guard import Guarded, Ledger
+from runtime.guard import CrashGuard, CrashLedger
 from runtime.job import job
-from runtime.progress import Counted, Tally, time_left
+from runtime.progress import StageCounters, WithCounters, time_left
+from runtime.rows import TASKS_PER_ACTOR, Written, chain, forget_failed, run_epoch
 
-TASK_CPUS = 0.2
-CHECKPOINT_FILTER_BYTES = 64 * 2**20  # at least; Ray asks for more when the ids need more
-# Of each generator: captions that kill it are given up long before, and one that can't start must not try for ever.
+# Rows of several generators share a file: with one of each block's rows, 10 M captions would make a
+# million files. Written at once, they are some 200 MB.
+ROWS_PER_FILE = 64
+# Of each generator. Captions that kill it are given up long before; one that can't start must not
+# try for ever.
 RESTARTS = 100
-REJECTED = "rejected: "  # what a count of candidates by reason begins with
 
 
 def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_failed: bool = False) -> None:
@@ -40,6 +40,8 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_fai
     if not stage.begin(overwrite, retry_failed):
         print(f"generate_pairs: {workspace.uri('pairs')} is complete\n{show(workspace.counts('pairs'))}")
         return
+    if retry_failed:
+        forget_failed(workspace, "pairs")
     connect()
     generate(recipe, workspace)
     counts = funnel(read_pairs(workspace))
@@ -47,43 +49,53 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_fai
     stage.finish(counts, rows=counts["captions"], failed=counts["failed"], example=next(iter(counts["failures"]), ""))
 
 
-def generate(recipe: Recipe, workspace: Workspace) -> None:
-    """Make candidates for every caption that has no row yet and append the rows to `pairs/`."""
-    settings = recipe.pairs
-    context = DataContext.get_current()
-    context.checkpoint_config = checkpoints(workspace)
-    light: dict[str, Any] = {"num_cpus": TASK_CPUS}
-    tally = Tally("generate_pairs")
-    to_do = workspace.counts("instructions")["captions"] - sum(batch.num_rows for batch in read_pairs(workspace))
-    try:
-        with tally.shown(lambda counts, seconds: progress_line(counts, seconds, to_do, settings.replicas)):
-            (
-                # A source that is not read_parquet would write checkpoints and never apply them.
-                ray.data.read_parquet(workspace.path("instructions"), filesystem=workspace.fs, num_cpus=TASK_CPUS)
-                .repartition(target_num_rows_per_block=settings.rows_per_block)
-                .map_batches(
-                    Counted,  # pyright: ignore[reportArgumentType]
-                    fn_constructor_args=(Guarded, (PairGenerator, (recipe,), Ledger(), failed), tally, count),
-                    batch_format="pyarrow",
-                    batch_size=settings.rows_per_block,
-                    compute=ActorPoolStrategy(size=settings.replicas),
-                    max_restarts=RESTARTS,
-                    **generator_resources(recipe),
-                )
-                .write_parquet(
-                    workspace.path("pairs"), filesystem=workspace.fs, mode=SaveMode.APPEND, ray_remote_args=light
-                )
-            )
-    finally:
-        context.checkpoint_config = None  # it is the whole process's, and other stages have other ids
+def generate(recipe: Recipe, workspace: Workspace) -> list[Written]:
+    """Make candidates for every caption that has no row yet and append the rows to `pairs/`.
+
+    Returns the files written, each with the `count` of its rows.
+    """
+    settings, ledger = recipe.pairs, CrashLedger()
+
+    def steps(rows: Dataset, counters: StageCounters) -> Dataset:
+        ledger.start_pass()
+        return rows.map_batches(
+            WithCounters,  # pyright: ignore[reportArgumentType]
+            fn_constructor_args=(
+                CrashGuard,
+                (PairGenerator, (recipe,), ledger, failed),
+                counters,
+                count,
+            ),
+            batch_format="pyarrow",
+            batch_size=settings.rows_per_block,
+            compute=ActorPoolStrategy(size=settings.replicas, max_tasks_in_flight_per_actor=TASKS_PER_ACTOR),
+            max_restarts=RESTARTS,
+            **generator_resources(recipe),
+        )
+
+    def line(counts: Counter[str], seconds: float, to_do: int) -> str:
+        return progress_line(counts, seconds, to_do, settings.replicas)
+
+    return chain(
+        workspace,
+        "instructions",
+        "pairs",
+        "caption_id",
+        settings.rows_per_block,
+        steps,
+        StageCounters("generate_pairs"),
+        run_epoch(workspace, "pairs"),
+        line=line,
+        rows_per_file=rows_per_file(settings.rows_per_block, settings.replicas),
+        count=count,
+        # All that generators hold which leave a broken GPU; the last one does not leave.
+        lost_blocks=TASKS_PER_ACTOR * (settings.replicas - 1),
+    )
 
 
-def count(rows: pa.Table) -> dict[str, float]:
-    """What `Tally` is told of some rows of PAIRS."""
-    found = funnel(rows.select(COLUMNS).to_batches())
-    told = {name: found[name] for name in ("captions", "candidates", "accepted", "pairs", "failed", "unet_samples")}
-    reasons = {REJECTED + reason: number for reason, number in found["not_accepted"].items()}
-    return {**told, "device_seconds": found["device_seconds"], **reasons}
+def rows_per_file(rows_per_block: int, replicas: int) -> int:
+    """Return the rows collected for a file: what all generators have at work, within bounds."""
+    return max(rows_per_block, min(rows_per_block * replicas, ROWS_PER_FILE))
 
 
 def progress_line(counts: Counter[str], seconds: float, to_do: int, devices: int) -> str:
@@ -100,24 +112,11 @@ def progress_line(counts: Counter[str], seconds: float, to_do: int, devices: int
     )
 
 
-def checkpoints(workspace: Workspace) -> CheckpointConfig:
-    """Captions whose rows are written are not done again."""
-    config = CheckpointConfig(
-        id_column="caption_id",
-        checkpoint_path=workspace.path("checkpoints", "pairs"),
-        override_filesystem=workspace.fs,
-        delete_checkpoint_on_success=False,
-    )
-    config.checkpoint_actor_pool_max_size = 1
-    config.checkpoint_actor_memory_bytes = CHECKPOINT_FILTER_BYTES
-    return config
-
-
 def generator_resources(recipe: Recipe) -> dict[str, Any]:
     """A GPU for each generator where the recipe and the cluster have them.
 
-    No CPU is reserved: in a resumed run the checkpoint's filter holds one to the end, and Ray's own listing and
-    repartitioning tasks want a whole one. On two cores a generator that holds a third would wait for ever.
+    No CPU is reserved: tasks that read and cut want a whole one, and generators beside them have
+    GPUs, or do most of the work anyway.
     """
     return {"num_gpus": 1 if uses_gpu(recipe.device) else 0, "num_cpus": 0}
 

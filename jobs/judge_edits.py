@@ -22,8 +22,8 @@ from ip2p.workspace import Workspace
 from jobs.edit_captions import CPU_ENVIRONMENT, ENGINE_CPUS, ENGINE_RESTARTS
 from runtime.connect import connect, uses_gpu
 from runtime.job import job
-from runtime.progress import Counted, Tally
-from runtime.rows import ACTOR_CPUS, TASK_CPUS, chain
+from runtime.progress import StageCounters, WithCounters
+from runtime.rows import ACTOR_CPUS, TASK_CPUS, chain, run_epoch
 
 SOURCE, SINK = "evaluation/metrics.parquet", "evaluation/judged.parquet"
 
@@ -43,10 +43,11 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
     connect()
     print(f"judge_edits: {judge.replicas} vLLM engine(s) with {judge.model.path}", flush=True)
 
-    def steps(rows: Dataset, tally: Tally) -> Dataset:
-        return judged(rows, tally, recipe, judge, workspace)
+    def steps(rows: Dataset, counters: StageCounters) -> Dataset:
+        return judged(rows, counters, recipe, judge, workspace)
 
-    chain(workspace, SOURCE, SINK, "edit_id", judge.batch_size, steps)
+    counters, epoch = StageCounters("evaluate"), run_epoch(workspace, SINK)
+    chain(workspace, SOURCE, SINK, "edit_id", judge.batch_size, steps, counters, epoch)
     rows = workspace.read_table(SINK, columns=["judge_status", "judge_error"]).to_pylist()
     counts: dict[str, Any] = dict(Counter(row["judge_status"] for row in rows))
     print("judge_edits: " + ", ".join(f"{counts.get(status, 0)} {status}" for status in ("ok", "failed")))
@@ -55,7 +56,7 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
     stage.finish(counts, rows=len(rows), failed=counts.get("failed", 0), example="see the reasons above")
 
 
-def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace: Workspace) -> Dataset:
+def judged(rows: Dataset, counters: StageCounters, recipe: Recipe, judge: Judge, workspace: Workspace) -> Dataset:
     """METRICS -> questions -> the model -> JUDGED."""
     light: dict[str, Any] = {"num_cpus": TASK_CPUS}
     model = build_processor(
@@ -75,8 +76,8 @@ def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace:
     }
     asked = rows.map_batches(Questions, fn_constructor_args=(workspace,), **one)  # pyright: ignore[reportArgumentType]
     return model(asked).map_batches(
-        Counted,  # pyright: ignore[reportArgumentType]
-        fn_constructor_args=(Marks, (), tally, lambda rows: {"rows": rows.num_rows}),
+        WithCounters,  # pyright: ignore[reportArgumentType]
+        fn_constructor_args=(Marks, (), counters, lambda rows: {"rows": rows.num_rows}),
         **one,
     )
 

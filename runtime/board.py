@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 from tensorboardX import SummaryWriter
 
 from ip2p.workspace import Workspace
-from runtime.progress import show
+from runtime.progress import set_gauges
 
 
 class Board:
@@ -36,7 +36,7 @@ class Board:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         # Ray forgets a gauge that is not set again and again.
-        show("train", {"step": step, "checkpoint_timestamp_seconds": self._safe_at, **values})
+        set_gauges("train", {"step": step, "checkpoint_timestamp_seconds": self._safe_at, **values})
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """`image` is uint8 (H, W, 3)."""

@@ -75,6 +75,8 @@ RECONNECT_TIMEOUT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 STORAGE_NAMESPACE = "RAY_external_storage_namespace"  # KubeRay: of heads with fault tolerance
 RAY_DEFAULT_TIMEOUT, KUBERAY_TIMEOUT = 60.0, 600.0
 
+HELD: dict[str, "Lease"] = {}  # of this process, by the address of the workspace
+
 # Seconds.
 BEAT = 10.0
 RETRY = 2.0  # after a heartbeat that could not be written
@@ -128,10 +130,18 @@ def held(workspace: Workspace, job: str) -> Iterator["Lease"]:
     with workspace.reached():
         lease = take(workspace, job)
     lease.start()
+    HELD[workspace.uri()] = lease
     try:
         yield lease
     finally:
+        del HELD[workspace.uri()]
         lease.release()
+
+
+def lease_of(workspace: Workspace) -> "Lease | None":
+    """Return the lease that this process holds on `workspace`, or on a folder above it."""
+    inside = f"{workspace.uri()}/"
+    return next((lease for location, lease in HELD.items() if inside.startswith(f"{location}/")), None)
 
 
 class Lease:

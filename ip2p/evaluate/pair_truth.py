@@ -68,7 +68,7 @@ class PairTruth:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """INSTRUCTIONS -> PAIR_TRUTH, one row for each row."""
         rows = batch.to_pylist()
-        shared, plain = self.shared.generate(rows), self.plain.generate(rows)
+        shared, plain = list(self.shared.generate(rows)), list(self.plain.generate(rows))
         judged = [
             {**row, "edit_kind": edit_kind(row["original_prompt"], row["edit_prompt"])}
             | {"candidates": self._judge(row, without["pairs"], False) + self._judge(row, with_["pairs"], True)}

@@ -11,6 +11,7 @@ from ip2p.pairs.filter import ACCEPTED, SURPLUS
 
 COLUMNS = ["status", "reason", "edit_prompt", "candidates", "unet_samples", "seconds"]
 """What `funnel` reads of PAIRS: not the images."""
+REJECTED = "rejected: "  # what a count of candidates by reason begins with
 
 
 def funnel(batches: Iterable[pa.RecordBatch]) -> dict[str, Any]:
@@ -59,6 +60,15 @@ def funnel(batches: Iterable[pa.RecordBatch]) -> dict[str, Any]:
         "not_accepted": dict(verdicts.most_common()),
         "failures": dict(failures.most_common()),
     }
+
+
+def count(rows: pa.Table) -> dict[str, float]:
+    """Count some rows of PAIRS, flat: counts of several tables can be added."""
+    found = funnel(rows.select(COLUMNS).to_batches())
+    names = ("captions", "candidates", "accepted", "pairs", "failed", "unet_samples")
+    numbers = {name: found[name] for name in names}
+    reasons = {REJECTED + reason: number for reason, number in found["not_accepted"].items()}
+    return {**numbers, "device_seconds": found["device_seconds"], **reasons}
 
 
 def show(counts: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """From (caption, instruction, edited caption) to pairs of images: draw, generate, score, judge."""
 
+import heapq
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,9 @@ from ip2p.diffusion.blend import Blend
 from ip2p.diffusion.engine import Conditioning, Engine, Link, Trajectory
 from ip2p.diffusion.guidance import text_weights
 from ip2p.diffusion.schedule import NoiseSchedule
+from ip2p.errors import DeviceError
 from ip2p.images import encode, to_uint8
-from ip2p.models import load_clip, load_text_to_image, resolve_device
+from ip2p.models import is_device_error, load_clip, load_text_to_image, resolve_device
 from ip2p.pairs.adaptive import next_round
 from ip2p.pairs.candidates import Candidate, draw_candidate
 from ip2p.pairs.filter import ACCEPTED, NOT_FINITE, SURPLUS, best, quality, tally, verdict
@@ -49,6 +51,7 @@ class _Row:
     """A caption pair at work. `images` holds those of the best accepted candidates so far, at most max_pairs."""
 
     row: dict[str, Any]
+    position: int  # in its batch
     conditionings: tuple[list[Conditioning], list[Conditioning]]  # (no text, text), before and after
     sharing: "_Sharing"
     clip_texts: Tensor  # (2, D)
@@ -57,6 +60,15 @@ class _Row:
     images: dict[int, Images] = field(default_factory=dict)
     rejects: dict[int, Images] = field(default_factory=dict)
     unet_samples: int = 0
+
+
+class _Task(NamedTuple):
+    """A candidate to draw; compared by the row's position and its own number, which no two share."""
+
+    position: int
+    k: int
+    work: _Row
+    candidate: Candidate
 
 
 @dataclass(eq=False)
@@ -70,10 +82,37 @@ class _Draw:
     edited: Trajectory
 
 
-class PairGenerator:
-    """Loads the models once; called with batches of rows of `instructions/`, gives rows of `pairs/`, one for one.
+class _Stopwatch:
+    """Shares the seconds of a batch among its rows, which are done one after the other."""
 
-    Raises `UserError` for models that can't be loaded and for an image size that they don't have.
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._charged_seconds, self._charged_samples = 0.0, 0
+
+    def charge(self, samples: int, all_samples: int) -> float:
+        """Return a row's seconds: those not charged yet, in the proportion of its UNet samples.
+
+        `all_samples` are those of all rows so far. The charges of a whole batch add up to its time.
+        """
+        seconds = time.perf_counter() - self._started - self._charged_seconds
+        seconds *= samples / (all_samples - self._charged_samples)
+        self._charged_seconds += seconds
+        self._charged_samples += samples
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the time does not count."""
+        before = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - before
+
+
+class PairGenerator:
+    """Loads the models once; maps batches of rows of `instructions/` to rows of `pairs/`, one for one.
+
+    Raises `UserError` for models that can't be loaded and for an image size that they don't have,
+    `DeviceError` for a GPU that does not work.
     """
 
     def __init__(self, recipe: Recipe):
@@ -81,65 +120,106 @@ class PairGenerator:
         self.recipe = recipe
         self.settings = recipe.pairs
         self.batch_size = recipe.pairs.batch_size
-        self.model = load_text_to_image(recipe.models.text_to_image, recipe.models.vae, device)
-        self.clip = ClipSimilarity(load_clip(recipe.models.clip, device))
+        try:
+            self.model = load_text_to_image(recipe.models.text_to_image, recipe.models.vae, device)
+            self.clip = ClipSimilarity(load_clip(recipe.models.clip, device))
+        except RuntimeError as error:
+            _raise_broken_device(error)
+            raise
         self.schedule = NoiseSchedule.from_config(self.model.schedule.alphas_cumprod, self.model.schedule.config)
         self.eos: int = self.model.tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.shape = self.model.latent_shape(self.settings.height, self.settings.width)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Columns of INSTRUCTIONS -> table of PAIRS, in the same order. Rows that are not `ok` pass through.
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Yield one table of PAIRS, of one row, for each row of INSTRUCTIONS as soon as it is done.
 
-        A row that can't be done becomes `failed` with the reason and leaves its neighbours alone. Raises only when no
-        row of several can be done: that is not the rows' fault.
+        The order is that of the input: Ray runs a batch again when its process dies, and takes what
+        follows the tables that it has by their number. Rows that are not `ok` pass through.
+
+        A row that can't be done becomes `failed` with the reason and leaves its neighbours alone.
+
+        Raises:
+            DeviceError: The GPU has failed, so that no call of this process can succeed.
+            Exception: No row of several can be done, so the rows are not the cause.
         """
         rows = batch.select(INSTRUCTIONS.names).to_pylist()
-        todo = [i for i, row in enumerate(rows) if row["status"] == "ok"]
-        results = [row | NOTHING for row in rows]
-        for i, result in zip(todo, self._all_or_each([rows[i] for i in todo]), strict=True):
-            results[i] |= result
-        return pa.Table.from_pylist(results, schema=PAIRS)
+        results = self._each([row for row in rows if row["status"] == "ok"])
+        for row in rows:
+            result = next(results) if row["status"] == "ok" else {}
+            yield pa.Table.from_pylist([row | NOTHING | result], schema=PAIRS)
 
-    def _all_or_each(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows in one batch; when that fails, each for itself."""
-        if not rows:
-            return []
+    def _each(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield a result for each row: from one batch, and if that fails, each row by itself."""
+        done = 0
         try:
-            return self._within_memory(rows)
+            for result in self._within_memory(rows):
+                yield result
+                done += 1
+            return
         except Exception as error:
+            _raise_broken_device(error)
             if len(rows) == 1:
                 logger.error("caption %s failed", rows[0]["caption_id"], exc_info=error)
-                return [failure(f"{type(error).__name__}: {error}")]
+                yield failure(f"{type(error).__name__}: {error}")
+                return
             logger.exception("a batch of %d captions failed, trying each for itself", len(rows))
-            results = [self._all_or_each([row])[0] for row in rows]
-            if all(result["status"] == "failed" for result in results):
-                raise
-            return results
+            cause = error
+        healthy, failures = done > 0, []
+        for row in rows[done:]:
+            [result] = self._each([row])
+            if result["status"] == "failed" and not healthy:
+                failures.append(result)
+                continue
+            # Some row can be done, so those that could not are the cause themselves.
+            healthy = True
+            yield from failures
+            yield result
+            failures = []
+        if failures:
+            raise cause
 
-    def _within_memory(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`generate` with as many candidates at a time as the GPU has memory for; once found, that is kept."""
+    def _within_memory(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Call `generate` with as many candidates at a time as the GPU has memory for.
+
+        A batch size that fits is kept for later calls.
+        """
+        if not rows:
+            return
+        left = rows
         while True:
             try:
-                return self.generate(rows)
+                for result in self.generate(left):
+                    left = left[1:]
+                    yield result
+                return
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
                 self.batch_size //= 2
-                logger.warning("out of GPU memory: going on with pairs.batch_size %d", self.batch_size)
+                logger.warning("out of GPU memory: pairs.batch_size is now %d", self.batch_size)
             torch.cuda.empty_cache()  # not inside `except`: the traceback holds what is to be freed
 
     @torch.inference_mode()
-    def generate(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What PAIRS has beyond INSTRUCTIONS, with the new `status` and `reason`, for each row."""
-        started = time.perf_counter()
+    def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield what PAIRS has beyond INSTRUCTIONS, with the new `status` and `reason`, row by row.
+
+        A row is yielded when it and all rows before it are done. Candidates of earlier rows are
+        started first, so that rows finish in about the order of the input.
+        """
+        watch = _Stopwatch()
         works = self._prepare(rows)
         engine = Engine(self.model.unet, self.schedule, 2 * self.batch_size)
-        waiting = deque(drawn for work in works for drawn in self._next_round(work))
+        waiting: list[_Task] = []  # a heap: rows in the order of the input, their candidates in turn
+        for work in works:
+            self._add_round(waiting, work)
         underway: dict[int, _Draw] = {}
         ready: list[_Draw] = []
+        unfinished = list(works)
+
         while waiting or underway or ready:
             while waiting and len(engine) < engine.batch_size:
-                draw = self._start(*waiting.popleft())
+                _, k, work, candidate = heapq.heappop(waiting)
+                draw = self._start(work, k, candidate)
                 underway[id(draw.edited)] = draw
                 engine.add(draw.source, draw.edited)
             ready += [underway.pop(id(t)) for t in engine.step() if t.link is not None]
@@ -149,9 +229,13 @@ class PairGenerator:
                 self._judge(ready)
                 ended, ready = ended + ready, []
             for work in dict.fromkeys(draw.work for draw in ended):
-                waiting.extend(self._next_round(work))
-        seconds = time.perf_counter() - started
-        return [self._result(work, seconds * work.unet_samples / engine.unet_samples) for work in works]
+                self._add_round(waiting, work)
+            while unfinished and len(unfinished[0].scores) == unfinished[0].drawn:
+                work = unfinished.pop(0)
+                seconds = watch.charge(work.unet_samples, engine.unet_samples)
+                result = self._result(work, seconds)
+                with watch.paused():
+                    yield result
 
     def _prepare(self, rows: Sequence[dict[str, Any]]) -> list[_Row]:
         """Every distinct text is embedded once."""
@@ -168,7 +252,7 @@ class PairGenerator:
             none = Conditioning(texts[""])
             conditionings = ([none, Conditioning(texts[before])], [none, Conditioning(texts[after])])
             clip_pair = torch.stack([clip_texts[before], clip_texts[after]])
-            works.append(_Row(row, conditionings, sharing, clip_pair))
+            works.append(_Row(row, len(works), conditionings, sharing, clip_pair))
         return works
 
     def _sharing(self, source: list[int], edited: list[int]) -> _Sharing:
@@ -188,17 +272,20 @@ class PairGenerator:
             blend = Blend(old, new, settings.blend.threshold, settings.blend.start)
         return _Sharing(mode, torch.tensor(alignment), emphasis, blend)
 
-    def _next_round(self, work: _Row) -> list[tuple[_Row, int, Candidate]]:
-        """Candidates to draw now: none while some are underway, so that a round depends on its own caption alone."""
+    def _add_round(self, waiting: "list[_Task]", work: _Row) -> None:
+        """Add the candidates to draw now to the heap `waiting`.
+
+        There are none while some are underway, so that a round depends on its own caption alone.
+        """
         if len(work.scores) < work.drawn:
-            return []
+            return
         tried = [(s["shared_attention_fraction"], s["verdict"] == ACCEPTED) for s in work.scores.values()]
         first, accepted = work.drawn, sum(paid for _, paid in tried)
         work.drawn += next_round(self.settings, work.drawn, accepted)
         name = work.row["caption_id"]
-        return [
-            (work, k, draw_candidate(self.settings, self.recipe.seed, name, k, tried)) for k in range(first, work.drawn)
-        ]
+        for k in range(first, work.drawn):
+            candidate = draw_candidate(self.settings, self.recipe.seed, name, k, tried)
+            heapq.heappush(waiting, _Task(work.position, k, work, candidate))
 
     def _start(self, work: _Row, k: int, candidate: Candidate) -> _Draw:
         """Candidate `k` as linked trajectories: source and edited image begin with the same noise."""
@@ -336,6 +423,12 @@ def mask_image(mask: Tensor, height: int, width: int) -> np.ndarray:
     """(h, w) bool -> (height, width, 3) uint8, white where it is true."""
     large = F.interpolate(mask.float()[None, None], (height, width))[0, 0]
     return (255 * large[..., None].expand(-1, -1, 3)).byte().cpu().numpy()
+
+
+def _raise_broken_device(error: Exception) -> None:
+    """Raise `DeviceError` if that is what `error` says."""
+    if is_device_error(error):
+        raise DeviceError(str(error).splitlines()[0]) from error
 
 
 def failure(reason: str) -> dict[str, Any]:

@@ -136,11 +136,13 @@ def test_identical_captions_give_identical_images(model, solver):
 
 
 def test_fraction_zero_is_plain_generation_from_the_same_noise(model):
+    # In float64: a convolution's float32 rounding depends on the batch and the CPU, and steps amplify it.
+    model = replace(model, unet=copy.deepcopy(model.unet).double())
     for steps in (1, 4):
         how = {"steps": steps, "solver": "euler_ancestral"}
         linked = engine_of(model).run(pair(model, *PROMPTS, 2, 0.0, 0.0, **how))
         alone = [engine_of(model).run([sample(model, prompt, 2, **how)])[0] for prompt in PROMPTS]
-        torch.testing.assert_close(linked, alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(linked, alone, atol=1e-6, rtol=1e-6)
 
 
 def test_sharing_matters_and_draws_the_images_together(model):

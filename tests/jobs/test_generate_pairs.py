@@ -78,7 +78,7 @@ def test_whole_stage_then_nothing_more_to_do(recipe, workspace, local_ray, capsy
     generate_pairs.run(recipe, workspace)
     assert "is complete" in capsys.readouterr().out
     assert files(workspace) == before
-    # Even without the mark nothing is done again: the checkpoint knows.
+    # Even without the mark nothing is done again: the files hold the ids.
     workspace.fs.delete_file(workspace.path("pairs", "_SUCCESS"))
     generate_pairs.run(recipe, workspace)
     assert files(workspace) == before
@@ -119,8 +119,22 @@ def test_a_caption_that_kills_its_worker_is_failed_and_the_job_goes_on(recipe, w
     assert workspace.counts("pairs")["failures"] == {"killed its worker 3 times": 1}
 
 
-def start_job(recipe: Recipe, workspace: Workspace, **environment: str) -> subprocess.Popen:
-    """The stage in a process of its own."""
+@pytest.fixture
+def start_job():
+    """Starts the stage in a process group of its own, which does not outlive the test."""
+    started = []
+
+    def start(recipe: Recipe, workspace: Workspace, **environment: str) -> subprocess.Popen:
+        started.append(run_job(recipe, workspace, **environment))
+        return started[-1]
+
+    yield start
+    for job in started:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+def run_job(recipe: Recipe, workspace: Workspace, **environment: str) -> subprocess.Popen:
     file = Path(workspace.location, "recipe.json")
     file.write_text(recipe.model_dump_json())
     code = (
@@ -134,13 +148,13 @@ def start_job(recipe: Recipe, workspace: Workspace, **environment: str) -> subpr
 
 def wait_for_files(job: subprocess.Popen, workspace: Workspace, count: int) -> None:
     deadline = time.monotonic() + 300
-    while len(committed := workspace.files("checkpoints", "pairs")) < count:
+    while len(committed := files(workspace)) < count:
         assert job.poll() is None and time.monotonic() < deadline, committed
         time.sleep(0.1)
 
 
 @pytest.mark.slow
-def test_a_driver_killed_three_times_is_resumed(recipe, tmp_path):
+def test_a_driver_killed_three_times_is_resumed(recipe, tmp_path, start_job):
     """SIGKILL of the job and all its workers at three points, each time the same command again."""
     count, rng = 40, random.Random(0)
     workspace = Workspace(tmp_path / "run")
@@ -159,7 +173,7 @@ def test_a_driver_killed_three_times_is_resumed(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_takes_no_row_with_it(recipe, tmp_path):
+def test_a_node_that_dies_takes_no_row_with_it(recipe, tmp_path, start_job):
     """SIGKILL of a raylet, and so of all that runs on its node, in a cluster of a head and two nodes."""
     count = 24
     workspace = Workspace(tmp_path / "run")
@@ -176,6 +190,56 @@ def test_a_node_that_dies_takes_no_row_with_it(recipe, tmp_path):
     finally:
         cluster.shutdown()
     check_complete(workspace, recipe, count)
+
+
+BAD_GPU = """
+import sys
+import ray
+from ip2p.pairs.generate import PairGenerator
+from ip2p.recipe import Recipe
+from ip2p.workspace import Workspace
+from jobs import generate_pairs
+from runtime.connect import connect
+
+class BadGpu(PairGenerator):
+    def __init__(self, recipe):
+        self.batch_size, self.calls = 4, 0
+    def generate(self, rows):
+        self.calls += 1
+        if self.calls > 1 and ray.get_gpu_ids() == [0]:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        for row in rows:
+            yield {"status": "ok", "reason": "", "candidates": []}
+
+ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False)
+connect()
+generate_pairs.PairGenerator = BadGpu
+generate_pairs.generator_resources = lambda recipe: {"num_gpus": 1, "num_cpus": 0}
+recipe = Recipe.model_validate_json(open(sys.argv[1]).read())
+generate_pairs.generate(recipe, Workspace(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_gpu_that_breaks_fails_no_caption(recipe, tmp_path):
+    count = 24
+    workspace = Workspace(tmp_path / "run")
+    write_instructions(workspace, count)
+    several = {"rows_per_block": 2, "replicas": 2}
+    recipe = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update=several)})
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    command = [sys.executable, "-c", BAD_GPU, str(tmp_path / "recipe.json"), workspace.location]
+    assert subprocess.run(command, timeout=400, check=False).returncode == 0
+    rows = workspace.read_table("pairs").to_pylist()
+    assert sorted(row["caption_id"] for row in rows) == [f"{k:04d}" for k in range(count)]
+    assert Counter(row["status"] for row in rows) == {"ok": count - 1, "rejected": 1}
+
+
+def test_files_hold_what_all_generators_have_at_work():
+    assert generate_pairs.rows_per_file(8, 1) == 8
+    assert generate_pairs.rows_per_file(8, 4) == 32
+    assert generate_pairs.rows_per_file(8, 512) == 64
+    assert generate_pairs.rows_per_file(100, 2) == 100
 
 
 def test_what_the_line_of_generate_pairs_says():

@@ -23,14 +23,14 @@ from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_
 
 from ip2p import images
 from ip2p.pairs.filter import ACCEPTED
-from ip2p.pairs.funnel import COLUMNS
+from ip2p.pairs.funnel import COLUMNS, count
 from ip2p.recipe import REPOSITORY
 from ip2p.records import PAIRS
 from ip2p.workspace import Workspace
-from jobs import edit_captions, generate_pairs
+from jobs import edit_captions
 from runtime.board import Board
 from runtime.connect import connect
-from runtime.progress import Tally
+from runtime.progress import StageCounters
 from serve.app import start
 from tests.evaluate.synthetic import make_recipe
 
@@ -198,10 +198,10 @@ def count_stages() -> None:
     row = {"edit_prompt": "make it red", "unet_samples": 64, "seconds": 0.5}
     ok = row | {"status": "ok", "reason": "", "candidates": drawn}
     failed = row | {"status": "failed", "reason": "killed its worker", "candidates": []}
-    Tally("generate_pairs").add(generate_pairs.count(pa.Table.from_pylist([ok, failed], schema=schema)))
+    StageCounters("generate_pairs").add(count(pa.Table.from_pylist([ok, failed], schema=schema)))
     statuses = pa.table({"status": ["ok", "rejected", "failed"]})
-    Tally("edit_captions").add(edit_captions.count(statuses))
-    Tally("evaluate").add({"rows": 3})
+    StageCounters("edit_captions").add(edit_captions.count(statuses))
+    StageCounters("evaluate").add({"rows": 3})
 
 
 def exported(address: str) -> set[str]:
