@@ -11,20 +11,19 @@ from typing import Any
 
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
-from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from ip2p.cli import load_settings
 from ip2p.errors import UserError
 from ip2p.evaluate.judge import JUDGED, Questions, read_answer, schema
-from ip2p.recipe import Judge, Recipe, locate
-from ip2p.records import digest
+from ip2p.recipe import Judge, Recipe
+from ip2p.records import Answer, digest
 from ip2p.report.page import write_report
 from ip2p.workspace import Workspace
-from jobs.edit_captions import CPU_ENVIRONMENT, ENGINE_CPUS, ENGINE_RESTARTS
-from runtime.connect import connect, uses_gpu
+from runtime.connect import connect
 from runtime.job import job
-from runtime.progress import Counted, Tally
+from runtime.progress import Tally
 from runtime.rows import ACTOR_CPUS, TASK_CPUS, begin, chain
+from runtime.vllm import Engines, engine_config
 
 SOURCE, SINK, DONE = "evaluation/metrics.parquet", "evaluation/judged.parquet", "evaluation/judge"
 
@@ -47,10 +46,13 @@ def run(recipe: Recipe, workspace: Workspace) -> None:
     connect()
     print(f"judge_edits: {judge.replicas} vLLM engine(s) with {judge.model.path}", flush=True)
 
-    def steps(rows: Dataset, tally: Tally) -> Dataset:
-        return judged(rows, tally, recipe, judge, workspace)
+    engines = Engines()
 
-    chain(workspace, SOURCE, SINK, "edit_id", judge.batch_size, steps)
+    def steps(rows: Dataset, tally: Tally) -> Dataset:
+        return judged(rows, tally, engines, recipe, judge, workspace)
+
+    with engines.cause_named():
+        chain(workspace, SOURCE, SINK, "edit_id", judge.batch_size, steps)
     rows = workspace.read_table(SINK, columns=["judge_status", "judge_error"]).to_pylist()
     counts: dict[str, Any] = dict(Counter(row["judge_status"] for row in rows))
     workspace.mark_done(DONE, plan=plan, **counts)
@@ -66,86 +68,53 @@ def fingerprint(recipe: Recipe, judge: Judge, workspace: Workspace) -> str:
     return f"{digest(json.dumps(keys, sort_keys=True)):016x}"
 
 
-def judged(rows: Dataset, tally: Tally, recipe: Recipe, judge: Judge, workspace: Workspace) -> Dataset:
-    """METRICS -> questions -> the model -> JUDGED."""
-    light: dict[str, Any] = {"num_cpus": TASK_CPUS}
-    model = build_processor(
-        engine_config(recipe, judge),
-        preprocess=lambda row: ask(row, judge.max_tokens),
-        postprocess=lambda row: answer_of(row, judge.max_tokens),
-        preprocess_map_kwargs=light,
-        postprocess_map_kwargs=light,
+def judged(
+    rows: Dataset, tally: Tally, engines: Engines, recipe: Recipe, judge: Judge, workspace: Workspace
+) -> Dataset:
+    """Map METRICS to JUDGED by the model."""
+    asked = rows.map_batches(
+        Questions,  # pyright: ignore[reportArgumentType]
+        fn_constructor_args=(workspace,),
+        batch_format="pyarrow",
+        batch_size=judge.batch_size,
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=ACTOR_CPUS / 2,
     )
-    # As in jobs.edit_captions: Ray would start new engines for ever.
-    model.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = ENGINE_RESTARTS
-    one: dict[str, Any] = {
-        "batch_format": "pyarrow",
-        "batch_size": judge.batch_size,
-        "compute": ActorPoolStrategy(size=1),
-        "num_cpus": ACTOR_CPUS / 2,
-    }
-    asked = rows.map_batches(Questions, fn_constructor_args=(workspace,), **one)  # pyright: ignore[reportArgumentType]
-    return model(asked).map_batches(
-        Counted,  # pyright: ignore[reportArgumentType]
-        fn_constructor_args=(Marks, (), tally, lambda rows: {"rows": rows.num_rows}),
-        **one,
-    )
+    return engines.answered(
+        asked,
+        engine_config(recipe, judge.model, "evaluate.judge.model.path", judge, chat=True, images=2),
+        ask=lambda row: ask(row, judge.max_tokens),
+        reader=Marks,
+        schema=JUDGED,
+        id_column="row",
+    ).map_batches(lambda rows: noted(rows, tally), batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
+
+
+def noted(rows: pa.Table, tally: Tally) -> pa.Table:
+    """Return `rows`, counted for the line of progress."""
+    tally.add({"rows": rows.num_rows})
+    return rows
 
 
 class Marks:
-    """What comes back from the engine in, JUDGED out. Ray leads failed rows past `answer_of`: without its columns."""
+    """Reads answers: rows of `Questions` in, rows of JUDGED out."""
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        wanted = {"row", "text", "cut", "__inference_error__"}  # the others of a failed row hold images
-        rows = batch.select([name for name in batch.column_names if name in wanted]).to_pylist()
-        return pa.Table.from_pylist([json.loads(row["row"]) | self._marks(row) for row in rows], schema=JUDGED)
+    def __init__(self, _device: str):
+        pass
 
-    def _marks(self, row: dict[str, Any]) -> dict[str, Any]:
-        return read_answer(row.get("text") or "", bool(row.get("cut")), row["__inference_error__"])
+    def read(
+        self, asked: list[dict[str, Any]], answers: list[Answer], _attempt: int, _settled: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        return [json.loads(row["row"]) | read_answer(answer) for row, answer in zip(asked, answers, strict=True)]
 
-
-def engine_config(recipe: Recipe, judge: Judge) -> vLLMEngineProcessorConfig:
-    """vLLM's engines in Ray Data: on GPUs where the recipe and the cluster have them, else on the CPU."""
-    on_cpu, source = not uses_gpu(recipe.device), locate(judge.model.path, "evaluate.judge.model.path")
-    engine: dict[str, Any] = {
-        "dtype": judge.model.dtype,
-        "revision": judge.model.revision,
-        "max_model_len": judge.max_model_len,
-        "limit_mm_per_prompt": {"image": 2},
-        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        "seed": recipe.seed,
-    }
-    if on_cpu:
-        engine |= {"enforce_eager": True, "max_num_seqs": 16, "disable_log_stats": True}
-    stage: dict[str, Any] = {"enabled": True, "num_cpus": TASK_CPUS}
-    return vLLMEngineProcessorConfig(
-        model_source=source,
-        engine_kwargs=engine | judge.engine,
-        concurrency=(judge.replicas, judge.replicas),
-        batch_size=judge.batch_size,
-        # "openai": the model's own chat template says where its images stand.
-        prepare_multimodal_stage=stage
-        | {"chat_template_content_format": "openai", "model_config_kwargs": {"revision": judge.model.revision}},
-        chat_template_stage=stage,
-        tokenize_stage=False,
-        detokenize_stage=False,
-        placement_group_config={"bundles": [{"CPU": ENGINE_CPUS}]} if on_cpu else None,
-        runtime_env={"env_vars": CPU_ENVIRONMENT} if on_cpu else None,
-        should_continue_on_error=True,
-        log_engine_metrics=False,
-    )
+    def settled(self, _row: dict[str, Any]) -> bool:
+        return True
 
 
 def ask(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """Columns for the engine. The likeliest answer: the same edit has the same marks."""
+    """Return the columns for the engine. It gives its likeliest answer: the same edit has the same marks."""
     sampling = {"temperature": 0.0, "max_tokens": max_tokens, "structured_outputs": {"json": json.dumps(schema())}}
     return {"messages": json.loads(row["question"]), "sampling_params": sampling}
-
-
-def answer_of(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """What the engine wrote."""
-    cut = row["num_generated_tokens"] >= max_tokens
-    return {"row": row["row"], "text": row["generated_text"], "cut": cut}
 
 
 def main(argv: list[str] | None = None) -> None:

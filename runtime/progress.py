@@ -89,11 +89,16 @@ class Counted:
         result = self.inner(batch)
         self.tally.add(self.count(result))
         if isinstance(result, pa.Table) and {"status", "reason", "caption_id"} <= set(result.column_names):
-            for row in result.select(["status", "reason", "caption_id"]).to_pylist():
-                if row["status"] == "failed":
-                    where = {"job": os.environ.get(SUBMISSION), "stage": self.tally.stage}
-                    log.warning("failed: %s", row["reason"], extra=where | {"caption_id": row["caption_id"]})
+            log_failures(result, self.tally.stage)
         return result
+
+
+def log_failures(rows: pa.Table, stage: str) -> None:
+    """Write a log record for each row whose `status` is failed."""
+    for row in rows.select(["status", "reason", "caption_id"]).to_pylist():
+        if row["status"] == "failed":
+            where = {"job": os.environ.get(SUBMISSION), "stage": stage}
+            log.warning("failed: %s", row["reason"], extra=where | {"caption_id": row["caption_id"]})
 
 
 def time_left(done: float, total: float, seconds: float) -> str:
