@@ -132,7 +132,9 @@ class Engines:
 
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+        # A restart forgets, which costs a few starts of engines; without one, every later call fails.
+        restarts = {"max_restarts": -1, "max_task_retries": -1}
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here, **restarts}
         self.ledger = Ledger()
         self._causes = ray.remote(**options)(_Causes).remote()
 
@@ -164,11 +166,18 @@ class Engines:
             postprocess_map_kwargs=light,
         )
         stage = processor.get_stage_by_name("vLLMEngineStage")
-        # Assigned past pydantic, which would run the stage's validator again, without the placement group it has taken.
-        stage.__dict__["fn"] = EngineStage
+        # Past pydantic, which would run the stage's validator again, without the placement group it has taken.
+        object.__setattr__(stage, "fn", EngineStage)
         stage.fn_constructor_kwargs.update(engines=self, reader=reader, id_column=id_column, attempts=attempts)
+
+        def typed(table: pa.Table) -> pa.Table:
+            return table.select(names).cast(schema)
+
         return processor(rows).map_batches(
-            lambda table: table.select(names).cast(schema), batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS
+            typed,  # pyright: ignore[reportArgumentType]
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=TASK_CPUS,
         )
 
     @contextmanager
@@ -231,14 +240,16 @@ class EngineStage(StatefulStageUDF):
         starts = engines.ledger.begin(["start", self.me])
         if starts >= STARTS:
             self._end_job(f"{starts} starts without an answer: {engines.causes([self.me]).get(self.me, NO_MESSAGE)}")
-        self.vllm_log = log_errors_to_file()
+        # vLLM hands its environment to workers on other nodes, which have no such file.
+        one_node = engine["engine_kwargs"]["distributed_executor_backend"] != "ray"
+        self.vllm_log = log_errors_to_file() if one_node else None
         from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
         try:
             self.engine = vLLMEngineStageUDF(data_column, expected_input_keys, **engine)
             self.reader = reader("cuda" if ray.get_gpu_ids() else "cpu")
         except Exception as error:
-            if last_exception(self.vllm_log.read_text()):
+            if self._logged():
                 self._exit([])  # the engine's core: the memory of the one before may not be free yet
             self._end_job(f"no start: {root_cause(error)}", error)
 
@@ -330,12 +341,15 @@ class EngineStage(StatefulStageUDF):
 
         `ray.actor.exit_actor` would be final for the actor.
         """
-        cause = last_exception(self.vllm_log.read_text()) or NO_MESSAGE
+        cause = self._logged() or NO_MESSAGE
         for batch in self.in_engine:
             self.engines.ledger.begin(batch)  # once more: it did not just vanish with its node
         self.engines.note([self.me, *suspects], cause)
         log.error("a vLLM engine died: %s", cause)
         os._exit(1)
+
+    def _logged(self) -> str:
+        return last_exception(self.vllm_log.read_text()) if self.vllm_log else ""
 
     def _end_job(self, cause: str, error: Exception | None = None) -> None:
         """Raise: Ray Data does not start an actor again whose constructor raises."""
