@@ -1,8 +1,12 @@
 """vLLM in Ray Data: engines that ask, hand the answers to a reader, and ask again.
 
-Ray internals this depends on (Ray 2.60): the stage named `vLLMEngineStage` of a processor and its `fn`;
-`StatefulStageUDF` with its columns `__idx_in_batch` and `__inference_error__`; `vLLMEngineStageUDF.llm.generate_async`.
-vLLM itself is imported in the engines' processes only: that takes seconds.
+Ray internals this depends on (Ray 2.60):
+
+- the stage `vLLMEngineStage` of a processor, its `fn` and its `fn_constructor_kwargs`
+- `StatefulStageUDF` with its columns `__idx_in_batch` and `__inference_error__`
+- `vLLMEngineStageUDF` with its `llm.generate_async` and `llm.engine`, and `VLLM_FATAL_ERRORS`
+
+vLLM is imported in the engines' processes only: the import takes seconds.
 """
 
 import asyncio
@@ -31,23 +35,27 @@ from runtime.rows import TASK_CPUS
 
 log = logging.getLogger("ip2p")
 
-# Less than a whole CPU: on two cores a resumed run's checkpoint filter holds one, and tasks need room as well.
-ENGINE_CPUS = 0.5
+Row = dict[str, Any]
+
+ENGINE_CPUS = 0.5  # less than a whole one: on two cores tasks need room as well
 BATCHES_IN_ENGINE = 4
-STARTS = 3  # of an engine in a row without an answer, after which the job ends
 DEATHS = 2  # of an engine that had one row alone, after which the row is failed
-LOST = 2  # times that a batch began without an end, from which its rows are asked one by one
+# Starts of an engine in a row without an answer, after which the job ends: one more than a deadly
+# row needs that is the only one left. It dies with its batch, and DEATHS times alone.
+STARTS = DEATHS + 2
+LOST = 2  # begins of a batch without an end, after which its rows are asked one by one
 
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core runs the model itself: one process less to start
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs the model itself: one process less
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-# FlashInfer compiles its sampler at the first use, for which an image needs nvcc and a C++ compiler. Requests with a
-# seed do not use it, and ours have one.
+# FlashInfer compiles its sampler at the first use, and needs nvcc and a C++ compiler for that.
+# Requests with a seed do not use it, nor do those that want the likeliest answer.
 GPU_ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
-# Compiling takes longer than a miniature run; fewer sequences, less to warm up. A CPU's random generator cannot be set
-# back, which vLLM does for a seeded request whose prompt is prefilled in chunks: every prompt has to fit one step.
+# Compiling takes longer than a miniature run; fewer sequences, less to warm up. vLLM sets the
+# random generator of a seeded request back when it prefills the prompt in chunks, and a CPU's
+# generator cannot be set back: every prompt has to fit one step.
 CPU_ENGINE = {
     "enforce_eager": True,
     "max_num_seqs": 64,
@@ -56,11 +64,17 @@ CPU_ENGINE = {
 }
 CPU_BATCHED_TOKENS = 8192  # at least
 
-# Columns of a row that make up a request. Others stay away: vLLM reads one named `model` as a LoRA adapter.
-REQUEST = ("prompt", "multimodal_data", "mm_processor_kwargs", "multimodal_uuids", StatefulStageUDF.IDX_IN_BATCH_COLUMN)
+# Columns that make up a request. Others stay away: Ray reads one named `model` as a LoRA adapter.
+REQUEST = (
+    "prompt",
+    "multimodal_data",
+    "mm_processor_kwargs",
+    "multimodal_uuids",
+    StatefulStageUDF.IDX_IN_BATCH_COLUMN,
+)
 ERROR, UNASKED = "__inference_error__", "unasked"
 EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*", re.MULTILINE)
-NO_MESSAGE = "its process ended without a message: killed, out of memory, or a crash in native code"
+NO_MESSAGE = "its process ended without a message (killed, out of memory, or a crash in native code)"
 
 
 class EngineError(RuntimeError):
@@ -70,21 +84,22 @@ class EngineError(RuntimeError):
 class Reader(Protocol):
     """Turns answers into rows, in the actor of an engine, a whole batch at a time."""
 
-    def read(
-        self, asked: list[dict[str, Any]], answers: list[Answer], attempt: int, settled: list[dict[str, Any]], /
-    ) -> list[dict[str, Any]]:
-        """Return one row for each of `asked`; `settled` are the rows of the batch that earlier attempts settled."""
+    def read(self, asked: list[Row], answers: list[Answer], attempt: int, settled: list[Row], /) -> list[Row]:
+        """Return one row for each of `asked`.
+
+        `settled` are the rows of the same batch that earlier attempts have settled.
+        """
         ...
 
-    def settled(self, row: dict[str, Any], /) -> bool:
-        """Whether a row of `read` stays as it is; others are asked again, with the next seed."""
+    def settled(self, row: Row, /) -> bool:
+        """Return whether a row of `read` is final. Others are asked again, with the next seed."""
         ...
 
 
 def engine_config(
     recipe: Recipe, model: ModelRef, key: str, settings: Instructions | Judge, chat: bool, images: int = 0
 ) -> vLLMEngineProcessorConfig:
-    """Return the settings of a stage's engines, on GPUs where the recipe and the cluster have them, else on the CPU.
+    """Return the settings of a stage's engines, for GPUs if the recipe's device says so.
 
     Args:
         key: of `model` in the recipe, for error messages.
@@ -128,11 +143,14 @@ def engine_config(
 
 
 class Engines:
-    """What is known of the engines of one stage, kept on the driver's node: it outlives them and their nodes."""
+    """The engines of one stage, and what they died of.
+
+    The record is kept on the driver's node: it outlives the engines and their nodes.
+    """
 
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        # A restart forgets, which costs a few starts of engines; without one, every later call fails.
+        # Restarted, it has forgotten, which costs a few starts; without, every later call fails.
         restarts = {"max_restarts": -1, "max_task_retries": -1}
         options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here, **restarts}
         self.ledger = Ledger()
@@ -151,10 +169,10 @@ class Engines:
         """Return `rows` asked and read: one row of `schema` for each.
 
         Args:
-            ask: row -> `sampling_params` and `prompt`, or `messages` if the config is a chat's, and `id_column`. A row
-                whose `__inference_error__` is not empty is not asked: the reader gets that as the answer's error.
-            reader: "cuda" or "cpu" -> what reads the answers, made once in the actor of every engine.
-            attempts: how often a row is asked until it is settled. The seed of each attempt is one more.
+            ask: row -> `sampling_params` and `prompt`, or `messages` if the config is a chat's. A
+                row with a text in `__inference_error__` is not asked; its answer has that error.
+            reader: device ("cuda" or "cpu") -> reader, called once in the actor of every engine.
+            attempts: how often a row is asked until it is settled, each time with the next seed.
         """
         light: dict[str, Any] = {"num_cpus": TASK_CPUS}
         names = schema.names
@@ -166,7 +184,7 @@ class Engines:
             postprocess_map_kwargs=light,
         )
         stage = processor.get_stage_by_name("vLLMEngineStage")
-        # Past pydantic, which would run the stage's validator again, without the placement group it has taken.
+        # Past pydantic: its validator has used up the placement group, and would ask for a GPU.
         object.__setattr__(stage, "fn", EngineStage)
         stage.fn_constructor_kwargs.update(engines=self, reader=reader, id_column=id_column, attempts=attempts)
 
@@ -182,7 +200,7 @@ class Engines:
 
     @contextmanager
     def cause_named(self) -> Iterator[None]:
-        """Raise `EngineError` with the root cause in place of what Ray says when an engine ends the block."""
+        """Raise `EngineError` with the root cause when an engine ends the block."""
         try:
             yield
         except Exception as error:
@@ -191,7 +209,7 @@ class Engines:
             raise
 
     def note(self, names: list[str], cause: str) -> None:
-        """Remember that an engine died of `cause` with `names`: ids of actors and rows, or "job" for the whole."""
+        """Record what `names` died of: ids of actors and of rows, and "job" when it is final."""
         ray.get(self._causes.note.remote(names, cause))
 
     def causes(self, names: list[str]) -> dict[str, str]:
@@ -211,15 +229,16 @@ class _Causes:
 
 
 class EngineStage(StatefulStageUDF):
-    """A vLLM engine and a reader in one actor of Ray Data, several batches in flight.
+    """A vLLM engine and a reader in one actor of Ray Data, with several batches in flight.
 
-    A batch leaves when all its rows are settled, so no attempt starts an engine or looks up which rows are left. While
-    one batch is read, in a thread, the engine has the others.
+    A batch leaves when all its rows are settled. So attempts after the first start no engines, and
+    what the reader requires of a batch, such as quotas, holds for all attempts. While a thread
+    reads one batch, the engine has the others.
 
-    An engine that dies takes its actor along, and Ray starts both again. Rows that it had are asked one by one, with
-    nothing else in the engine, and one that kills it DEATHS times more is failed. A batch that vanished with its actor,
-    as on a lost node, is first tried as it is. An engine that dies STARTS times in a row without one answer ends the
-    job: no row is to blame.
+    An engine that dies takes its actor along, and Ray restarts both. Rows that it had are asked one
+    by one, with nothing else in the engine; a row that kills it DEATHS times more is failed. A
+    batch that vanished with its actor, as on a lost node, is first tried again as a whole. An
+    engine that dies STARTS times in a row without an answer ends the job: no row is to blame.
     """
 
     def __init__(
@@ -239,7 +258,8 @@ class EngineStage(StatefulStageUDF):
         self.lock, self.reading, self.dying = SharedLock(), asyncio.Lock(), asyncio.Lock()
         starts = engines.ledger.begin(["start", self.me])
         if starts >= STARTS:
-            self._end_job(f"{starts} starts without an answer: {engines.causes([self.me]).get(self.me, NO_MESSAGE)}")
+            cause = engines.causes([self.me]).get(self.me, NO_MESSAGE)
+            self._end_job(f"the engine died {starts} times before it answered: {cause}")
         # vLLM hands its environment to workers on other nodes, which have no such file.
         one_node = engine["engine_kwargs"]["distributed_executor_backend"] != "ray"
         self.vllm_log = log_errors_to_file() if one_node else None
@@ -250,11 +270,11 @@ class EngineStage(StatefulStageUDF):
             self.reader = reader("cuda" if ray.get_gpu_ids() else "cpu")
         except Exception as error:
             if self._logged():
-                self._exit([])  # the engine's core: the memory of the one before may not be free yet
-            self._end_job(f"no start: {root_cause(error)}", error)
+                self._exit([])  # the memory of the engine before may not be free yet
+            self._end_job(f"the engine cannot start: {root_cause(error)}", error)
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        # Rows with an error would pass `udf` by, and the reader with it.
+        """Map a batch of Ray's stages. Rows with an error, too, which would bypass the reader."""
         for row in batch[self.data_column] if isinstance(batch, dict) else ():
             row[UNASKED] = row.pop(ERROR, "")
         async for rows in super().__call__(batch):
@@ -280,13 +300,13 @@ class EngineStage(StatefulStageUDF):
             await self.engine.llm.engine.do_log_stats()
 
     async def _ask(self, ids: list[str], rows: list[dict[str, Any]], attempt: int) -> list[Answer]:
-        """Return an answer to each row of the batch `ids` that is asked in this attempt."""
+        """Return the answers to `rows`, those rows of the batch `ids` that are not settled yet."""
         batch = (*ids, f"attempt {attempt}")
         async with self.lock.shared():
             lost = await self._begin(batch)
             if lost < LOST:
                 self.in_engine.add(batch)
-                answers = list(await asyncio.gather(*[self._generate(row, attempt) for row in rows]))
+                answers = list(await asyncio.gather(*(self._generate(row, attempt) for row in rows)))
                 self.in_engine.remove(batch)
         if lost >= LOST:
             answers = await self._one_by_one(rows, attempt)
@@ -294,7 +314,10 @@ class EngineStage(StatefulStageUDF):
         return answers
 
     async def _one_by_one(self, rows: list[dict[str, Any]], attempt: int) -> list[Answer]:
-        """Return the answers of rows of which one may have killed an engine; those that have before come last."""
+        """Return the answers to rows of which one may have killed an engine.
+
+        Those that have killed it alone come last, so that the others are answered first.
+        """
         ids = [str(row[self.id_column]) for row in rows]
         causes = await asyncio.to_thread(self.engines.causes, ids)
         answers: dict[int, Answer] = {}
@@ -310,7 +333,7 @@ class EngineStage(StatefulStageUDF):
         return [answers[n] for n in range(len(rows))]
 
     async def _generate(self, row: dict[str, Any], attempt: int, alone: bool = False) -> Answer:
-        """Return the answer to one row. What vLLM refuses, or cannot do for this row alone, is an error in it."""
+        """Return the answer to one row, with an error if vLLM refuses it or fails for it alone."""
         from ray.llm._internal.common.errors import VLLM_FATAL_ERRORS
 
         if row[UNASKED]:
@@ -323,7 +346,7 @@ class EngineStage(StatefulStageUDF):
         try:
             _, output, _ = await self.engine.llm.generate_async(request)
         except VLLM_FATAL_ERRORS:
-            async with self.dying:  # all rows in the engine come here; the first ends the process
+            async with self.dying:  # all rows in flight come here; the first ends the process
                 await asyncio.to_thread(self._exit, [str(row[self.id_column])] if alone else [])
             raise
         except Exception as error:
@@ -337,9 +360,9 @@ class EngineStage(StatefulStageUDF):
         return await asyncio.to_thread(self.engines.ledger.begin, what)
 
     def _exit(self, suspects: list[str]) -> None:
-        """End this process, so that Ray starts it again, and remember what the engine died of and with which rows.
+        """Record what the engine died of, and exit: Ray restarts the actor.
 
-        `ray.actor.exit_actor` would be final for the actor.
+        `ray.actor.exit_actor` would be final.
         """
         cause = self._logged() or NO_MESSAGE
         for batch in self.in_engine:
@@ -358,7 +381,7 @@ class EngineStage(StatefulStageUDF):
 
 
 class SharedLock:
-    """A lock for asyncio that many may share, or one has alone; in the order of asking."""
+    """A fair asyncio lock that many tasks share or one task holds alone."""
 
     def __init__(self) -> None:
         self._turn, self._free, self._inside = asyncio.Lock(), asyncio.Event(), 0
@@ -384,9 +407,9 @@ class SharedLock:
 
 
 def log_errors_to_file() -> Path:
-    """Return the file to which vLLM, in this process and in those it starts, writes its errors, beside its usual log.
+    """Return the file to which vLLM writes its errors, in this process and in those it starts.
 
-    The core of an engine is a process of its own, whose exceptions reach nobody but its log.
+    The core of an engine is a process of its own: its exceptions reach the log and nothing else.
     """
     folder = Path(tempfile.mkdtemp(prefix="vllm_"))
     errors, level = folder / "errors.log", os.environ.get("VLLM_LOGGING_LEVEL", "INFO")
@@ -407,16 +430,16 @@ def log_errors_to_file() -> Path:
 
 
 def last_exception(text: str) -> str:
-    """Return the line that ends the last traceback of vLLM's log, "" without one.
+    """Return the last line of vLLM's log that names an exception, or "".
 
-    `EngineDeadError` says no more than that there is another before it.
+    `EngineDeadError` only points to the exception before it.
     """
     lines = [line for line in EXCEPTION.findall(text) if "EngineDeadError" not in line]
     return lines[-1] if lines else ""
 
 
 def root_cause(error: BaseException) -> str:
-    """Return type and message of the exception at the beginning of the chain that `error` ends."""
+    """Return type and message of the exception that started the chain of `error`."""
     while error.__cause__:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
