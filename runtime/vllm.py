@@ -39,11 +39,11 @@ Row = dict[str, Any]
 
 ENGINE_CPUS = 0.5  # less than a whole one: on two cores tasks need room as well
 BATCHES_IN_ENGINE = 4
-DEATHS = 2  # of an engine that had one row alone, after which the row is failed
-# Starts of an engine in a row without an answer, after which the job ends: one more than a deadly
-# row needs that is the only one left. It dies with its batch, and DEATHS times alone.
-STARTS = DEATHS + 2
 LOST = 2  # begins of a batch without an end, after which its rows are asked one by one
+DEATHS = 2  # of an engine that had one row alone, after which the row is failed
+# Starts of an engine in a row without an answer, after which the job ends. A deadly row that is the
+# only one left takes one less: it may kill its process LOST times with the batch, DEATHS times alone.
+STARTS = LOST + DEATHS + 1
 
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB

@@ -391,7 +391,7 @@ def test_last_line_names_what_kills_every_engine(tmp_path):
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
     cause = "RuntimeError: CPU Generator does not use offset"
-    assert last == f"runtime.vllm.EngineError: the engine died 4 times before it answered: {cause}"
+    assert last == f"runtime.vllm.EngineError: the engine died 5 times before it answered: {cause}"
 
 
 @pytest.mark.slow
