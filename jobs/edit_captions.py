@@ -1,6 +1,6 @@
 """Stage 1: a language model writes an instruction and an edited caption for every caption.
 
-captions/ -> prompts -> vLLM -> parse and check -> instructions/, one row for every caption, whatever becomes of it
+captions/ -> prompts -> vLLM -> parse and check -> instructions/, one row for every caption
 """
 
 import json
@@ -223,18 +223,24 @@ def answered(captions: Dataset, recipe: Recipe, engines: Engines, tally: Tally) 
         schema=INSTRUCTIONS,
         id_column="caption_id",
         attempts=settings.attempts,
-    ).map_batches(lambda rows: noted(rows, tally), batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
+    ).map_batches(
+        noted,  # pyright: ignore[reportArgumentType]
+        fn_kwargs={"tally": tally},
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=TASK_CPUS,
+    )
 
 
 def noted(rows: pa.Table, tally: Tally) -> pa.Table:
-    """Return `rows`, counted for the line of progress, the failed ones logged."""
+    """Count `rows` for the line of progress, log the failed ones, and return them as they are."""
     tally.add(count(rows))
     log_failures(rows, tally.stage)
     return rows
 
 
 def preview(recipe: Recipe, captions: int) -> None:
-    """Print the answers to the first captions that are not refused, with what the checks say; nothing is written."""
+    """Print the answers to the first captions that are not refused, with their reasons. Writes nothing."""
     check(recipe)
     screen, chosen = screening(recipe), []
     for caption in read_captions(recipe):
@@ -257,7 +263,7 @@ def preview(recipe: Recipe, captions: int) -> None:
 
 
 def ask(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the columns for the engine. A refused caption is marked as a failure, which is not asked."""
+    """Return the columns for the engine. A refused caption has an error, so that it is not asked."""
     caption, settings = row["caption"], recipe.instructions
     sampling = {
         "temperature": settings.temperature,

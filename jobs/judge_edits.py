@@ -23,7 +23,7 @@ from runtime.connect import connect
 from runtime.job import job
 from runtime.progress import Tally
 from runtime.rows import ACTOR_CPUS, TASK_CPUS, begin, chain
-from runtime.vllm import Engines, engine_config
+from runtime.vllm import Engines, Row, engine_config
 
 SOURCE, SINK, DONE = "evaluation/metrics.parquet", "evaluation/judged.parquet", "evaluation/judge"
 
@@ -84,30 +84,33 @@ def judged(
         asked,
         engine_config(recipe, judge.model, "evaluate.judge.model.path", judge, chat=True, images=2),
         ask=lambda row: ask(row, judge.max_tokens),
-        reader=Marks,
+        reader=lambda _device: Marks(),
         schema=JUDGED,
         id_column="row",
-    ).map_batches(lambda rows: noted(rows, tally), batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
+    ).map_batches(
+        noted,  # pyright: ignore[reportArgumentType]
+        fn_kwargs={"tally": tally},
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=TASK_CPUS,
+    )
 
 
 def noted(rows: pa.Table, tally: Tally) -> pa.Table:
-    """Return `rows`, counted for the line of progress."""
+    """Count `rows` for the line of progress, and return them as they are."""
     tally.add({"rows": rows.num_rows})
     return rows
 
 
 class Marks:
-    """Reads answers: rows of `Questions` in, rows of JUDGED out."""
+    """Reads what the model answered about each row of `Questions`. Each is asked once."""
 
-    def __init__(self, _device: str):
-        pass
-
-    def read(
-        self, asked: list[dict[str, Any]], answers: list[Answer], _attempt: int, _settled: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
+    def read(self, asked: list[Row], answers: list[Answer], _attempt: int, _settled: list[Row]) -> list[Row]:
+        """Return rows of JUDGED."""
         return [json.loads(row["row"]) | read_answer(answer) for row, answer in zip(asked, answers, strict=True)]
 
-    def settled(self, _row: dict[str, Any]) -> bool:
+    def settled(self, _row: Row) -> bool:
+        """Return True: failed marks stay."""
         return True
 
 
