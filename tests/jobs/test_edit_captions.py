@@ -333,7 +333,7 @@ def test_every_caption_has_one_row_and_a_second_run_adds_none(tmp_path, local_ra
     # How good the shipped model is, `test_language_model` says; this is that prompt and model fit.
     assert len(right) >= 16
     attempts = Counter(row["attempts"] for row in rows.values())
-    assert attempts[0] == 4 and attempts[1] >= 16 and attempts[2] >= 2 and attempts.total() == len(rows)
+    assert attempts[0] == 4 and attempts[1] >= 16 and attempts[2] >= 1 and refused["attempts"] == 2
     assert observed.starts() == 1, "no attempt starts an engine"
     assert workspace.done("instructions")
     counts = workspace.counts("instructions")
