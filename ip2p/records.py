@@ -6,6 +6,7 @@ lose nor double anything.
 """
 
 import hashlib
+from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
@@ -99,6 +100,21 @@ FEEDBACK = pa.schema(
         "time": pa.timestamp("ms", tz="UTC"),
     }
 )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer of a language model: its text, or why there is none.
+
+    Attributes:
+        text: as the model wrote it.
+        cut: whether the model was stopped before it had finished.
+        error: why there is no text, "" where there is one.
+    """
+
+    text: str = ""
+    cut: bool = False
+    error: str = ""
 
 
 def digest(*parts: str | int) -> int:

@@ -80,6 +80,7 @@ PLANS = {
         "jobs.judge_edits",
         ("seed", "evaluate.judge"),
         ("evaluation",),
+        by_row=True,
         folders=("evaluation/judge", "evaluation/judged.parquet"),
     ),
     "benchmark": Plan(

@@ -1,20 +1,20 @@
 """Stage 1: a language model writes an instruction and an edited caption for every caption.
 
-captions/ -> prompts -> vLLM -> parse and check -> instructions/, one row for every caption, whatever becomes of it
+captions/ -> prompts -> vLLM -> parse and check -> instructions/, one row for every caption
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 from pydantic import Field
-from ray.data import ActorPoolStrategy, Dataset
-from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+from ray.data import Dataset
 
-from ip2p.captions.answers import ANSWERS, AnswerReader, names_type
+from ip2p.captions.answers import AnswerReader, names_type
 from ip2p.captions.edit_types import EDIT_TYPES
 from ip2p.captions.intake import screening, write_captions
 from ip2p.captions.prompt import few_shot_messages, schema, tuned_prompt
@@ -24,27 +24,16 @@ from ip2p.errors import UserError
 from ip2p.miniature.captions import grammar_captions
 from ip2p.miniature.edits import EDIT_KINDS
 from ip2p.miniature.triplets import edit_kind
-from ip2p.recipe import FileCaptions, HubCaptions, Recipe, locate
-from ip2p.records import caption_id, digest
+from ip2p.recipe import FileCaptions, HubCaptions, Recipe
+from ip2p.records import INSTRUCTIONS, caption_id, digest
 from ip2p.stage import Stage
 from ip2p.workspace import Workspace
-from runtime.connect import connect, uses_gpu
+from runtime.connect import connect
 from runtime.exit import exit_statuses
 from runtime.job import job
-from runtime.progress import StageCounters, WithCounters, time_left
-from runtime.rows import chain, newest_epoch
-
-# Less than a whole CPU each: on two cores a resumed run's checkpoint filter holds one, and a task needs room as well.
-ENGINE_CPUS = 0.5
-READER_CPUS = 0.25
-TASK_CPUS = 0.25
-BATCHES_IN_ENGINE = 4
-ENGINE_RESTARTS = 3
-CPU_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start: the engine's core runs the model itself
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+from runtime.progress import StageCounters, log_failures, time_left
+from runtime.rows import TASK_CPUS, chain, forget_failed, run_epoch
+from runtime.vllm import Engines, engine_config
 
 
 class Flags(RowStageFlags):
@@ -62,13 +51,14 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_fai
         print(f"edit_captions: {workspace.uri('instructions')} is complete")
         show([], workspace.counts("instructions"))
         return
+    if retry_failed:
+        forget_failed(workspace, "instructions")
     counts: dict[str, Any] = write_captions(recipe, workspace, read_captions(recipe))
     print(
         f"edit_captions: {counts['captions']} captions, {to_do(workspace)} to do, {counts['duplicates']} duplicates "
         f"left out, {counts['refused']} refused unasked"
     )
-    if left := to_do(workspace):
-        generate(recipe, workspace, recipe.instructions.attempts, left)
+    generate(recipe, workspace)
     rows = workspace.read_table("instructions").to_pylist()
     counts |= summary(rows)
     show(rows, counts)
@@ -97,54 +87,56 @@ def read_captions(recipe: Recipe) -> Iterator[str]:
     return grammar_captions(recipe.captions, recipe.seed)
 
 
-def generate(recipe: Recipe, workspace: Workspace, attempt: int, left: int) -> None:
-    """Ask the model for every caption that has no row yet, `left` of them, and append rows to `instructions/`.
-
-    Before the last attempt that is a row for what is settled; the others stay without, to be asked again.
-    """
+def generate(recipe: Recipe, workspace: Workspace) -> None:
+    """Ask the model for every caption that has no row yet, and append the rows to `instructions/`."""
     connect()
-    attempts = recipe.instructions.attempts
-    again = f", attempt {attempt} of {attempts} for {left} captions" if attempt > 1 else ""
-    print(f"edit_captions: {recipe.instructions.replicas} vLLM engine(s) with {recipe.models.llm.path}{again}")
-    chain(
-        workspace,
-        "captions",
-        "instructions",
-        "caption_id",
-        recipe.instructions.batch_size,
-        lambda captions, counters: answered(captions, recipe, attempt, counters),
-        StageCounters("edit_captions"),
-        newest_epoch(workspace, "instructions") + 1,
-        line=progress_line,
-        complete=attempt == attempts,
-    )
+    engines = Engines()
+    print(f"edit_captions: {recipe.instructions.replicas} vLLM engine(s) with {recipe.models.llm.path}")
+    with engines.cause_named():
+        chain(
+            workspace,
+            "captions",
+            "instructions",
+            "caption_id",
+            recipe.instructions.batch_size,
+            lambda captions, counters: answered(captions, recipe, engines, counters),
+            StageCounters("edit_captions"),
+            run_epoch(workspace, "instructions"),
+            line=progress_line,
+        )
 
 
-def answered(captions: Dataset, recipe: Recipe, attempt: int, counters: StageCounters) -> Dataset:
-    """CAPTIONS -> the model -> INSTRUCTIONS; see AnswerReader for what `attempt` leaves out."""
-    light: dict[str, Any] = {"num_cpus": TASK_CPUS}
-    model = build_processor(
-        engine_config(recipe),
-        preprocess=lambda row: ask(row, recipe, attempt),
-        postprocess=lambda row: answer_of(row, recipe.instructions.max_tokens),
-        preprocess_map_kwargs=light,
-        postprocess_map_kwargs=light,
-    )
-    # A model that vLLM can load and not run kills its engine at every request; Ray would start new ones for ever.
-    model.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = ENGINE_RESTARTS
+def answered(captions: Dataset, recipe: Recipe, engines: Engines, counters: StageCounters) -> Dataset:
+    """Map CAPTIONS to INSTRUCTIONS by the language model."""
+    settings = recipe.instructions
+    config = engine_config(recipe, recipe.models.llm, "models.llm.path", settings, chat=settings.prompt == "few_shot")
     edit_type = None if names_type(recipe) else edit_kind
-    return model(captions).map_batches(
-        WithCounters,  # pyright: ignore[reportArgumentType]
-        fn_constructor_args=(AnswerReader, (recipe, attempt, edit_type), counters, count),
+    return engines.answered(
+        captions,
+        config,
+        ask=lambda row: ask(row, recipe),
+        reader=partial(AnswerReader, recipe, edit_type),
+        schema=INSTRUCTIONS,
+        id_column="caption_id",
+        attempts=settings.attempts,
+    ).map_batches(
+        noted,  # pyright: ignore[reportArgumentType]
+        fn_kwargs={"counters": counters},
         batch_format="pyarrow",
-        batch_size=recipe.instructions.batch_size,
-        compute=ActorPoolStrategy(size=1),
-        num_cpus=READER_CPUS,
+        batch_size=None,
+        num_cpus=TASK_CPUS,
     )
+
+
+def noted(rows: pa.Table, counters: StageCounters) -> pa.Table:
+    """Count `rows` for the line of progress, log the failed ones, and return them as they are."""
+    counters.add(count(rows))
+    log_failures(rows, counters.stage)
+    return rows
 
 
 def preview(recipe: Recipe, captions: int) -> None:
-    """Print the answers to the first captions that are not refused, with what the checks say; nothing is written."""
+    """Print the answers to the first captions that are not refused, with their reasons. Writes nothing."""
     check(recipe)
     screen, chosen = screening(recipe), []
     for caption in read_captions(recipe):
@@ -158,44 +150,16 @@ def preview(recipe: Recipe, captions: int) -> None:
     print(f"edit_captions: {recipe.models.llm.path} is asked for {len(chosen)} captions, once")
     once = {"attempts": 1, "replicas": 1}
     recipe = recipe.model_copy(update={"instructions": recipe.instructions.model_copy(update=once)})
-    rows = answered(ray.data.from_items(chosen), recipe, 1, StageCounters("preview")).take_all()
+    engines = Engines()
+    with engines.cause_named():
+        rows = answered(ray.data.from_items(chosen), recipe, engines, StageCounters("preview")).take_all()
     for row in rows:
         print(example(row))
     print(f"edit_captions: {histogram(row['edit_type'] for row in rows if row['status'] == 'ok')}")
 
 
-def engine_config(recipe: Recipe) -> vLLMEngineProcessorConfig:
-    """vLLM's engines in Ray Data: on GPUs where the recipe and the cluster have them, else on the CPU."""
-    settings, on_cpu = recipe.instructions, not uses_gpu(recipe.device)
-    engine: dict[str, Any] = {
-        "dtype": recipe.models.llm.dtype,
-        "revision": recipe.models.llm.revision,
-        "max_model_len": settings.max_model_len,
-        "enable_prefix_caching": True,  # few_shot: all prompts begin with the same exemplars
-        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        "seed": recipe.seed,
-    }
-    if on_cpu:
-        # Compiling takes longer than a miniature run; fewer sequences, less to warm up.
-        engine |= {"enforce_eager": True, "max_num_seqs": 64, "disable_log_stats": True}
-    return vLLMEngineProcessorConfig(
-        model_source=locate(recipe.models.llm.path, "models.llm.path"),
-        engine_kwargs=engine | settings.engine,
-        concurrency=(settings.replicas, settings.replicas),
-        batch_size=settings.batch_size,
-        max_concurrent_batches=BATCHES_IN_ENGINE,
-        chat_template_stage={"enabled": settings.prompt == "few_shot", "num_cpus": TASK_CPUS},
-        tokenize_stage=False,
-        detokenize_stage=False,
-        placement_group_config={"bundles": [{"CPU": ENGINE_CPUS}]} if on_cpu else None,
-        runtime_env={"env_vars": CPU_ENVIRONMENT} if on_cpu else None,
-        should_continue_on_error=True,
-        log_engine_metrics=False,
-    )
-
-
-def ask(row: dict[str, Any], recipe: Recipe, attempt: int = 1) -> dict[str, Any]:
-    """Columns for the engine. A refused caption is marked as ray.data.llm marks failures, which passes the model by."""
+def ask(row: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the columns for the engine. A refused caption has an error, so that it is not asked."""
     caption, settings = row["caption"], recipe.instructions
     sampling = {
         "temperature": settings.temperature,
@@ -203,21 +167,12 @@ def ask(row: dict[str, Any], recipe: Recipe, attempt: int = 1) -> dict[str, Any]
         "min_p": settings.min_p,
         "max_tokens": settings.max_tokens,
         # Of the caption alone: the answer does not depend on which others share its batch, or on a restart.
-        "seed": (digest("instruction", recipe.seed, row["caption_id"]) + attempt - 1) % 2**31,
+        "seed": digest("instruction", recipe.seed, row["caption_id"]) % 2**31,
         "structured_outputs": {"json": json.dumps(schema(names_type(recipe)))},
     }
     few_shot = settings.prompt == "few_shot"
     question = {"messages": few_shot_messages(caption)} if few_shot else {"prompt": tuned_prompt(caption)}
     return {**question, "sampling_params": sampling, "__inference_error__": row["refusal"]}
-
-
-def answer_of(row: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """The row of ANSWERS in what comes back from the engine; a refused caption has not been there."""
-    error = "" if row["refusal"] else row["__inference_error__"]
-    text = "" if row["refusal"] or error else row["generated_text"]
-    cut = bool(text) and row["num_generated_tokens"] >= max_tokens
-    values = (row["caption_id"], row["caption"], row["refusal"], text, cut, error)
-    return dict(zip(ANSWERS.names, values, strict=True))
 
 
 def count(rows: pa.Table) -> dict[str, int]:

@@ -113,15 +113,16 @@ class WithCounters:
         for table in tables(self.inner(batch)):
             self.counters.add(self.count(table))
             if {"status", "reason", "caption_id"} <= set(table.column_names):
-                self._log_failed(table)
+                log_failures(table, self.counters.stage)
             yield table
 
-    def _log_failed(self, table: pa.Table) -> None:
-        where = {"job": os.environ.get(SUBMISSION), "stage": self.counters.stage}
-        for row in table.select(["status", "reason", "caption_id"]).to_pylist():
-            if row["status"] == "failed":
-                caption = {"caption_id": row["caption_id"]}
-                log.warning("failed: %s", row["reason"], extra=where | caption)
+
+def log_failures(rows: pa.Table, stage: str) -> None:
+    """Write a log record for each row whose `status` is failed."""
+    where = {"job": os.environ.get(SUBMISSION), "stage": stage}
+    for row in rows.select(["status", "reason", "caption_id"]).to_pylist():
+        if row["status"] == "failed":
+            log.warning("failed: %s", row["reason"], extra=where | {"caption_id": row["caption_id"]})
 
 
 def tables(result: pa.Table | Iterable[pa.Table]) -> Iterable[pa.Table]:

@@ -309,9 +309,9 @@ def forget(
     return total
 
 
-def forget_failed(workspace: Workspace, sink: str) -> None:
-    """Remove the rows of `sink` whose status is `failed`, and print their number."""
-    rows = forget(workspace, sink, ["status"], lambda table: pc.equal(table["status"], "failed"))  # pyright: ignore
+def forget_failed(workspace: Workspace, sink: str, column: str = "status") -> None:
+    """Remove the rows of `sink` whose `column` is `failed`, and print their number."""
+    rows = forget(workspace, sink, [column], lambda table: pc.equal(table[column], "failed"))  # pyright: ignore
     print(f"{workspace.uri(sink)}: {rows} failed rows will be done again", flush=True)
 
 

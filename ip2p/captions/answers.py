@@ -1,81 +1,69 @@
-"""AnswerReader: what the language model answered in, rows of instructions/ out, each checked and with its reason."""
+"""Reads and checks what the language model answered: answers in, rows of instructions/ out, each with its reason."""
 
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-
-import pyarrow as pa
 
 from ip2p.captions.parse import parse
 from ip2p.captions.safety import unsafe
 from ip2p.clip_similarity import ClipSimilarity
 from ip2p.models import load_clip, load_tokenizer
 from ip2p.recipe import Recipe
-from ip2p.records import INSTRUCTIONS
-
-# text: what the model wrote; cut: whether it would have gone on; error: why there is no text, "" where there is one.
-ANSWERS = pa.schema(
-    {
-        "caption_id": pa.string(),
-        "caption": pa.string(),
-        "refusal": pa.string(),
-        "text": pa.string(),
-        "cut": pa.bool_(),
-        "error": pa.string(),
-    }
-)
+from ip2p.records import INSTRUCTIONS, Answer
 
 EditType = Callable[[str, str], str | None]
+Row = dict[str, Any]
 
 
 class AnswerReader:
     """Reads and checks answers, a batch at a time.
 
     Args:
-        attempt: which one this is, from 1. Before the last (`instructions.attempts`) only what is settled is returned:
-            good answers and refused captions; the other captions are to be asked again.
-        edit_type: (caption, instruction) -> type of the edit, for captions of which a grammar can tell it; without, the
-            answer names it.
+        edit_type: (caption, instruction) -> type of the edit, for captions of which a grammar can tell it. Without it,
+            the answer names the type.
+        device: of the CLIP model that compares captions, where the recipe sets `same_meaning`.
     """
 
-    def __init__(self, recipe: Recipe, attempt: int = 1, edit_type: EditType | None = None):
-        self.settings, self.attempt, self.edit_type = recipe.instructions, attempt, edit_type
-        self.last = attempt >= self.settings.attempts
+    def __init__(self, recipe: Recipe, edit_type: EditType | None = None, device: str = "cpu"):
+        self.settings, self.edit_type = recipe.instructions, edit_type
         self.names_type = names_type(recipe)
         self.tokenizer = load_tokenizer(recipe.models.text_to_image)
         self.clip = None
         if self.settings.same_meaning is not None:
-            self.clip = ClipSimilarity(load_clip(recipe.models.clip, "cpu"))
+            self.clip = ClipSimilarity(load_clip(recipe.models.clip, device))
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """ANSWERS -> INSTRUCTIONS, in the same order."""
-        answers = batch.to_pylist()
-        rows = [self._read(answer) for answer in answers]
+    def read(self, asked: list[Row], answers: list[Answer], attempt: int, settled: list[Row]) -> list[Row]:
+        """Return a row of INSTRUCTIONS for each row of CAPTIONS that was asked, in the same order.
+
+        Args:
+            attempt: which one this is, from 1.
+            settled: the rows of the batch that earlier attempts settled; quotas hold for all of the batch.
+        """
+        rows = [self._read(caption, answer, attempt) for caption, answer in zip(asked, answers, strict=True)]
         for check in (self._long, self._unsafe, self._same):
             check([row for row in rows if row["status"] == "ok"])
-        reject_over_quota(rows, self.settings.quotas)
-        settled = [
-            row
-            for answer, row in zip(answers, rows, strict=True)
-            if self.last or row["status"] == "ok" or answer["refusal"]
-        ]
-        return pa.Table.from_pylist(settled, schema=INSTRUCTIONS)
+        reject_over_quota([*settled, *rows], self.settings.quotas)
+        return rows
 
-    def _read(self, answer: dict[str, Any]) -> dict[str, Any]:
+    def settled(self, row: Row) -> bool:
+        """Return whether a row is good, or refused without being asked; any other is worth another attempt."""
+        return row["status"] == "ok" or not row["attempts"]
+
+    def _read(self, caption: Row, answer: Answer, attempt: int) -> Row:
         row = dict.fromkeys(INSTRUCTIONS.names, "") | {
-            "caption_id": answer["caption_id"],
-            "original_prompt": answer["caption"],
-            "attempts": self.attempt,
+            "caption_id": caption["caption_id"],
+            "original_prompt": caption["caption"],
+            "attempts": attempt,
         }
-        if answer["refusal"]:
-            return row | {"attempts": 0, "status": "rejected", "reason": answer["refusal"]}
-        if answer["error"]:
-            return row | {"status": "failed", "reason": answer["error"]}
-        parsed = parse(answer["text"], answer["caption"], self.settings.max_caption_words, self.names_type)
-        reason = "answer cut at max_tokens" if parsed.reason == "not json" and answer["cut"] else parsed.reason
+        if caption["refusal"]:
+            return row | {"attempts": 0, "status": "rejected", "reason": caption["refusal"]}
+        if answer.error:
+            return row | {"status": "failed", "reason": answer.error}
+        parsed = parse(answer.text, caption["caption"], self.settings.max_caption_words, self.names_type)
+        reason = "answer cut at max_tokens" if parsed.reason == "not json" and answer.cut else parsed.reason
         edit_type = parsed.edit_type
         if self.edit_type is not None and not reason:
-            edit_type = self.edit_type(answer["caption"], parsed.instruction) or ""
+            edit_type = self.edit_type(caption["caption"], parsed.instruction) or ""
         return row | {
             "edit_prompt": parsed.instruction,
             "edited_prompt": parsed.edited_caption,
@@ -84,12 +72,12 @@ class AnswerReader:
             "reason": reason,
         }
 
-    def _long(self, rows: list[dict[str, Any]]) -> None:
+    def _long(self, rows: list[Row]) -> None:
         for row in rows:
             if too_long(self.tokenizer, row["edit_prompt"]) or too_long(self.tokenizer, row["edited_prompt"]):
                 reject(row, f"longer than {self.tokenizer.model_max_length} tokens")
 
-    def _unsafe(self, rows: list[dict[str, Any]]) -> None:
+    def _unsafe(self, rows: list[Row]) -> None:
         if self.settings.unsafe is None:
             return
         texts = ["\n".join(row[key] for key in ("original_prompt", "edit_prompt", "edited_prompt")) for row in rows]
@@ -97,8 +85,8 @@ class AnswerReader:
             if found:
                 reject(row, "unsafe text")
 
-    def _same(self, rows: list[dict[str, Any]]) -> None:
-        """Where only the words changed ("a plum box", "a purple box") there is nothing to be seen."""
+    def _same(self, rows: list[Row]) -> None:
+        """Reject edits of nothing but the words ("a plum box", "a purple box"): there is nothing to be seen."""
         if self.clip is None or not rows:
             return
         before, after = (
@@ -110,23 +98,23 @@ class AnswerReader:
 
 
 def names_type(recipe: Recipe) -> bool:
-    """Whether answers begin with their type: the miniature's model was trained without, its grammar tells the type."""
+    """Return whether answers begin with their type. The miniature's do not: its grammar tells the type."""
     return recipe.truth == "none" or recipe.instructions.prompt == "few_shot"
 
 
 def too_long(tokenizer: Any, text: str) -> bool:
-    """Whether the model that draws would read only the beginning of `text` (77 tokens with CLIP's text encoder)."""
+    """Return whether the model that draws would read only the beginning of `text` (CLIP's: 77 tokens)."""
     return len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
 
 
-def reject(row: dict[str, Any], reason: str) -> None:
+def reject(row: Row, reason: str) -> None:
     row.update(status="rejected", reason=reason)
 
 
-def reject_over_quota(rows: list[dict[str, Any]], quotas: dict[str, float]) -> None:
-    """Of each type, let the first through, as many as its share of all `rows`, one at least; reject the others.
+def reject_over_quota(rows: list[Row], quotas: dict[str, float]) -> None:
+    """Reject the good rows of each type beyond its share of all `rows`, but not the first of the type.
 
-    Since the share holds in every batch it holds in the whole, whatever runs where.
+    Since the share holds in every batch it holds in the whole, in any order and on any number of engines.
     """
     found: Counter[str] = Counter()
     for row in rows:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ip2p import images
 from ip2p.evaluate.sweep import METRICS
+from ip2p.records import Answer
 from ip2p.workspace import Workspace
 
 MARKS = ("instruction_following", "preservation", "quality")
@@ -68,21 +69,21 @@ def _image(data: bytes) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"}}
 
 
-def read_answer(text: str, cut: bool, error: str = "") -> dict[str, Any]:
-    """The judge's columns of JUDGED in an answer. cut: it would have gone on; error: why there is none."""
-    if error:
-        return failed(error)
+def read_answer(answer: Answer) -> dict[str, Any]:
+    """Return the judge's columns of JUDGED for an answer."""
+    if answer.error:
+        return failed(answer.error)
     try:
-        answer = json.loads(text)
+        values = json.loads(answer.text)
     except json.JSONDecodeError:
-        return failed("answer cut at max_tokens" if cut else "not json")
-    if not isinstance(answer, dict):
+        return failed("answer cut at max_tokens" if answer.cut else "not json")
+    if not isinstance(values, dict):
         return failed("not a JSON object")
     for name in MARKS:
-        if type(answer.get(name)) is not int or not LOWEST <= answer[name] <= HIGHEST:
+        if type(values.get(name)) is not int or not LOWEST <= values[name] <= HIGHEST:
             return failed(f"{name} is no whole number from {LOWEST} to {HIGHEST}")
-    marks = {f"judge_{name}": answer[name] for name in MARKS}
-    return marks | {"judge_reason": str(answer.get("reason", "")), "judge_status": "ok", "judge_error": ""}
+    marks = {f"judge_{name}": values[name] for name in MARKS}
+    return marks | {"judge_reason": str(values.get("reason", "")), "judge_status": "ok", "judge_error": ""}
 
 
 def failed(why: str) -> dict[str, Any]:

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
-from ip2p.captions.answers import ANSWERS, AnswerReader, reject_over_quota
+from ip2p.captions.answers import AnswerReader, reject_over_quota
 from ip2p.captions.prompt import answer
 from ip2p.captions.safety import unsafe
 from ip2p.captions.triplets import TRIPLETS
 from ip2p.miniature import scene
 from ip2p.miniature.triplets import edit_kind
 from ip2p.recipe import ClipRef, GrammarCaptions, Instructions, ModelRef, Models, Recipe, Unsafe
-from ip2p.records import INSTRUCTIONS
+from ip2p.records import INSTRUCTIONS, Answer
 
 WEIGHTS = Path(scene.__file__).parent / "weights"
 CAPTION = "a large red star on a white background"
@@ -30,14 +29,16 @@ def make_recipe(truth="oracle", **instructions) -> Recipe:
     )
 
 
-def answered(text: str, caption: str = CAPTION, **columns) -> dict:
-    return {"caption_id": "1", "caption": caption, "refusal": "", "text": text, "cut": False, "error": ""} | columns
+def answered(text: str, caption: str = CAPTION, refusal: str = "", **answer) -> tuple[dict, Answer]:
+    """Return a row of CAPTIONS and the answer to it."""
+    return {"caption_id": "1", "caption": caption, "refusal": refusal}, Answer(text, **answer)
 
 
-def read(recipe: Recipe, *answers: dict, **arguments) -> list[dict]:
-    found = AnswerReader(recipe, **arguments)(pa.Table.from_pylist(list(answers), schema=ANSWERS))
-    assert found.schema.equals(INSTRUCTIONS)
-    return found.to_pylist()
+def read(recipe: Recipe, *answers: tuple[dict, Answer], attempt=1, settled=(), edit_type=None) -> list[dict]:
+    asked, texts = zip(*answers, strict=True)
+    rows = AnswerReader(recipe, edit_type).read(list(asked), list(texts), attempt, list(settled))
+    assert all(list(row) == INSTRUCTIONS.names for row in rows)
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def read(recipe: Recipe, *answers: dict, **arguments) -> list[dict]:
         (answered("", caption="", refusal="empty caption"), "rejected", "empty caption", 0),
     ],
 )
-def test_whatever_comes_back_becomes_a_row(answered_as, status, reason, attempts):
+def test_every_answer_becomes_a_row(answered_as, status, reason, attempts):
     (row,) = read(make_recipe(), answered_as)
     assert (row["status"], row["reason"], row["attempts"]) == (status, reason, attempts)
     assert all(value is not None for value in row.values())
@@ -112,15 +113,28 @@ def test_the_grammar_or_the_answer_tells_the_type():
     ]
 
 
-def test_before_the_last_attempt_only_what_is_settled_comes_out():
+def test_good_answers_and_refused_captions_are_settled():
     good = answered(answer("make it blue", "a large blue star on a white background"))
     others = answered("not json"), answered("", error="ValueError: no")
     refused = answered("", caption="", refusal="empty caption")
-    recipe = make_recipe(attempts=2)
-    first = read(recipe, good, *others, refused)
-    assert [(row["status"], row["attempts"]) for row in first] == [("ok", 1), ("rejected", 0)]
-    last = read(recipe, *others, attempt=2)
-    assert [(row["status"], row["attempts"]) for row in last] == [("rejected", 2), ("failed", 2)]
+    reader = AnswerReader(make_recipe())
+    rows = read(make_recipe(), good, *others, refused, attempt=2)
+    assert [(row["status"], row["attempts"]) for row in rows] == [
+        ("ok", 2),
+        ("rejected", 2),
+        ("failed", 2),
+        ("rejected", 0),
+    ]
+    assert [reader.settled(row) for row in rows] == [True, False, False, True]
+
+
+def test_quota_holds_for_a_batch_over_all_attempts():
+    blue = answered(answer("paint the star blue", "a large blue star on a white background"))
+    recipe = make_recipe(quotas={"recolour": 0.5})
+    first = read(recipe, *[blue] * 3, answered("not json"), edit_type=edit_kind)
+    assert [row["reason"] for row in first] == ["", "", "enough of recolour", "not json"]
+    second = read(recipe, blue, blue, attempt=2, settled=first[:2], edit_type=edit_kind)
+    assert [row["reason"] for row in second] == ["enough of recolour"] * 2
 
 
 def test_of_each_type_a_batch_lets_its_share_through():

@@ -10,6 +10,7 @@ from skimage import data
 
 from ip2p import images
 from ip2p.evaluate.judge import JUDGED, MARKS, Questions, question, read_answer, schema
+from ip2p.records import Answer
 from tests.evaluate.synthetic import make_recipe, make_workspace
 
 GOOD = {"reason": "The sky is dark now.", "instruction_following": 5, "preservation": 4, "quality": 3}
@@ -35,7 +36,7 @@ def test_both_images_stand_in_one_message_the_source_first_and_upright(tmp_path)
 
 def test_an_answer_by_the_schema_is_read():
     Draft202012Validator(schema()).validate(GOOD)
-    found = read_answer(json.dumps(GOOD), cut=False)
+    found = read_answer(Answer(json.dumps(GOOD)))
     assert [found[f"judge_{name}"] for name in MARKS] == [5, 4, 3]
     assert (found["judge_reason"], found["judge_status"], found["judge_error"]) == ("The sky is dark now.", "ok", "")
 
@@ -53,7 +54,7 @@ def test_an_answer_by_the_schema_is_read():
     ],
 )
 def test_what_is_no_answer_has_a_reason(text, cut, error, why):
-    found = read_answer(text, cut, error)
+    found = read_answer(Answer(text, cut, error))
     assert (found["judge_status"], found["judge_error"]) == ("failed", why)
     assert all(found[f"judge_{name}"] is None for name in MARKS)
 
@@ -70,7 +71,7 @@ def test_every_edit_is_asked_about_with_its_own_images(tmp_path):
         assert np.array_equal(source, images.decode(sources[edit["caption_id"]]))
         assert np.array_equal(edited, images.decode(edit.pop("image")))
         assert json.loads(found["row"]) == edit, "not a digit is lost"
-    rows = [json.loads(found["row"]) | read_answer(json.dumps(GOOD), False) for found in asked]
+    rows = [json.loads(found["row"]) | read_answer(Answer(json.dumps(GOOD))) for found in asked]
     assert (
         pa.Table.from_pylist(rows, schema=JUDGED)
         .drop_columns([n for n in JUDGED.names if "judge" in n])

@@ -17,7 +17,7 @@ from jobs import edit_captions, tune_caption_editor
 from tests.captions.test_answers import make_recipe
 from tests.captions.test_tune import qwen  # noqa: F401, a fixture
 
-SHIPPED = Path(language_model.__file__).parent / "weights" / "language_model"
+SHIPPED = Path(language_model.__file__).parents[1] / "weights" / "language_model"
 
 
 def with_llm(recipe: Recipe, llm: str | Path, **sections) -> Recipe:

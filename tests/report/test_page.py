@@ -18,6 +18,7 @@ from ip2p import images
 from ip2p.evaluate.bootstrap import Estimate
 from ip2p.evaluate.judge import JUDGED, MARKS, failed, read_answer
 from ip2p.recipe import Judge, ModelRef
+from ip2p.records import Answer
 from ip2p.report.page import duration, percent, points, write_report
 from ip2p.workspace import Workspace
 from tests.evaluate.synthetic import make_recipe, make_workspace, write
@@ -201,7 +202,7 @@ def test_marks_of_a_judge(recipe, tmp_path):
             failed("not json")
             if n % 4 == 0
             else read_answer(
-                json.dumps(dict.fromkeys(MARKS, 4 if row["success"] else 2) | {"reason": "<b>because</b>"}), False
+                Answer(json.dumps(dict.fromkeys(MARKS, 4 if row["success"] else 2) | {"reason": "<b>because</b>"}))
             )
         )
         for n, row in enumerate(rows)

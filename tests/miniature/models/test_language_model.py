@@ -11,7 +11,7 @@ from ip2p.miniature.language import read_caption, vocabulary
 from ip2p.miniature.models import language_model, language_model_data
 from ip2p.miniature.triplets import consistent, draw_triplet
 
-SHIPPED = language_model.Path(language_model.__file__).parent / "weights" / "language_model"
+SHIPPED = language_model.Path(language_model.__file__).parents[1] / "weights" / "language_model"
 
 
 @pytest.fixture(scope="module")
