@@ -16,7 +16,7 @@ from ray.data import Dataset
 
 from ip2p.captions.answers import AnswerReader, names_type
 from ip2p.captions.edit_types import EDIT_TYPES
-from ip2p.captions.intake import screening, write_captions
+from ip2p.captions.intake import check_source, screening, write_captions
 from ip2p.captions.prompt import few_shot_messages, schema, tuned_prompt
 from ip2p.captions.source import file_captions, hub_captions
 from ip2p.cli import RowStageFlags, load_settings
@@ -46,6 +46,7 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_fai
     Raises `UserError` when `instructions/` was made with another recipe.
     """
     check(recipe)
+    check_source(recipe, workspace)
     stage = Stage(workspace, "instructions", recipe)
     if not stage.begin(overwrite, retry_failed):
         print(f"edit_captions: {workspace.uri('instructions')} is complete")

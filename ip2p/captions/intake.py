@@ -16,13 +16,17 @@ from ip2p.workspace import Workspace
 ROWS_PER_FILE = 5000
 
 
-def write_captions(recipe: Recipe, workspace: Workspace, captions: Iterable[str]) -> dict[str, int]:
-    """Write `captions/` (CAPTIONS) from the start; returns counts. The same recipe gives the same files."""
+def check_source(recipe: Recipe, workspace: Workspace) -> None:
+    """Raise `UserError` when the recipe's captions lie in the folder that `write_captions` replaces."""
     folder = workspace.path("captions")
     if isinstance(recipe.captions, FileCaptions) and Workspace(recipe.captions.path).path("").startswith(f"{folder}/"):
         raise UserError(f"captions.path: {folder} is written by this job; keep {recipe.captions.path!r} elsewhere")
+
+
+def write_captions(recipe: Recipe, workspace: Workspace, captions: Iterable[str]) -> dict[str, int]:
+    """Write `captions/` (CAPTIONS) from the start; returns counts. The same recipe gives the same files."""
     if workspace.exists("captions"):
-        workspace.fs.delete_dir(folder)
+        workspace.fs.delete_dir(workspace.path("captions"))
     screen = screening(recipe)
     seen: set[str] = set()
     rows: list[dict[str, str]] = []

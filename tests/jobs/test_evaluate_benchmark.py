@@ -113,10 +113,10 @@ def test_what_is_wrong_is_told_before_ray_starts(recipe, benchmark_folder, tmp_p
     in_one_process(recipe, workspace, benchmark_folder)
     workspace.claim("benchmark", evaluate_benchmark.decisive(recipe, workspace, [SHIPPED], source, files))
     other = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"steps": 3})})
-    with pytest.raises(ValueError, match=r"sampling\.steps: 2 then, 3 now.*--overwrite"):
+    with pytest.raises(ValueError, match=r"sampling\.steps: 2 before, 3 now.*--overwrite"):
         evaluate_benchmark.run(other, workspace, benchmark_folder)
     emu = str(write(tmp_path / "emu", [emu_edit_row(1)], schema=EMU_EDIT))
-    with pytest.raises(ValueError, match=r"benchmark\.path: .*magicbrush.* then, .*emu"):
+    with pytest.raises(ValueError, match=r"--benchmark: .*files .* before, .*files"):
         evaluate_benchmark.run(recipe, workspace, emu)
 
 

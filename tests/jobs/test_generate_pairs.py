@@ -86,7 +86,7 @@ def test_whole_stage_then_nothing_more_to_do(recipe, workspace, local_ray, capsy
 
     # Another recipe has no place in it, but how fast is nobody's business.
     changed = recipe.pairs.model_copy(update={"candidates": 1, "batch_size": 2})
-    with pytest.raises(ValueError, match=r"begun with another recipe \(pairs\.candidates: 2 then, 1 now\)"):
+    with pytest.raises(ValueError, match=r"made with another recipe \(pairs\.candidates: 2 before, 1 now\)"):
         generate_pairs.run(recipe.model_copy(update={"pairs": changed}), workspace)
     generate_pairs.run(recipe.model_copy(update={"pairs": changed}), workspace, overwrite=True)
     assert workspace.counts("pairs")["candidates"] == 5
