@@ -39,7 +39,7 @@ class Flags(StageFlags):
     seeds: int = Field(3, ge=1, description="runs of each kind of data; intervals need two, and are wide below five")
 
 
-def run(recipe: Recipe, workspace: Workspace, seeds: int = 3, overwrite: bool = False) -> None:
+def run(recipe: Recipe, workspace: Workspace, seeds: int = 3, overwrite: bool = False) -> list[Result]:
     """Write `ablations/`, and print the table after each round of seeds.
 
     Raises `UserError` when there are no pairs, or no oracle to judge by.
@@ -47,9 +47,7 @@ def run(recipe: Recipe, workspace: Workspace, seeds: int = 3, overwrite: bool = 
     if recipe.truth != "oracle":
         raise UserError(f"truth: {recipe.truth}: ablations are judged by the oracle; use a miniature recipe")
     stage = Stage(workspace, "ablations", recipe, amount={"--seeds": seeds})
-    if not stage.begin(overwrite):
-        print(f"ablate: {workspace.uri('ablations', 'report.html')} is complete")
-        return
+    unfinished = stage.begin(overwrite)
     connect()
     export_dataset.run(recipe, workspace)
     bare = without_filter(recipe, workspace)
@@ -72,7 +70,9 @@ def run(recipe: Recipe, workspace: Workspace, seeds: int = 3, overwrite: bool = 
             runs[name].append(one)
         found = results(recipe, [setting(name, runs[name], right.get(name, right["all data"])) for name in runs])
         write(recipe, workspace, found)
-    stage.finish({"seeds": seeds})
+    if unfinished:
+        stage.finish({"seeds": seeds})
+    return found
 
 
 def without_filter(recipe: Recipe, workspace: Workspace) -> Workspace:

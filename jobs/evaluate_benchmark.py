@@ -59,9 +59,7 @@ def run(recipe: Recipe, workspace: Workspace, benchmark: str, overwrite: bool = 
     source = Workspace(benchmark)
     files = benchmark_files(source)
     layout = detect(source, files)
-    sizes = [[info.path.removeprefix(source.root), info.size] for info in source.fs.get_file_info(files)]
-    also = {"editors": names, "--benchmark": f"files {short_digest(sizes)}"}
-    stage = Stage(workspace, "benchmark", recipe, also=also)
+    stage = stage_of(recipe, workspace, source, names)
     if not stage.begin(overwrite):
         print("evaluate_benchmark: the benchmark is complete")
     else:
@@ -92,6 +90,13 @@ def run(recipe: Recipe, workspace: Workspace, benchmark: str, overwrite: bool = 
     show(tables)
     print(f"evaluate_benchmark: {workspace.uri('benchmark/metrics.parquet')} and report.html are written")
     return tables
+
+
+def stage_of(recipe: Recipe, workspace: Workspace, source: Workspace, names: list[str]) -> Stage:
+    """Return the stage of evaluating the editors `names` on the benchmark in `source`, told by its files."""
+    infos = source.fs.get_file_info(benchmark_files(source))
+    files = short_digest([[info.path.removeprefix(source.root), info.size] for info in infos])
+    return Stage(workspace, "benchmark", recipe, also={"editors": names, "--benchmark": f"files {files}"})
 
 
 def group(workspace: Workspace, source: Workspace, files: list[str], layout: Layout) -> None:

@@ -52,14 +52,15 @@ SECONDS_BETWEEN_LINES = 10
 def run(recipe: Recipe, workspace: Workspace, data: Workspace | None = None, overwrite: bool = False) -> None:
     """Train on the workspace's dataset and write `model/`. The same call resumes an interrupted run.
 
-    `data` is the workspace that holds dataset/ and latents/, where it is another one: several runs share them.
+    `data` is the workspace that holds complete latents/, where it is another one: several runs share them.
     Raises `UserError` when `latents/` or `model/` was made with another recipe.
     """
-    data = data or workspace
     # Ray Train would move its workers to another directory, where a recipe's relative paths mean nothing.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     recipe = with_base(recipe)
-    encode(recipe, data, overwrite)
+    if data is None:
+        data = workspace
+        encode(recipe, workspace, overwrite)
     stage = Stage(workspace, "model", recipe, inputs_in=data)
     if not stage.begin(overwrite):
         print(f"train: {workspace.uri('model')} is complete")

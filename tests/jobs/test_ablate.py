@@ -65,4 +65,4 @@ def test_each_kind_of_data_trains_editors_that_are_compared(tmp_path, local_ray,
         assert [result["name"] for result in json.loads(file.read())] == list(found)
     capsys.readouterr()
     assert {result.name: result for result in ablate.run(recipe, workspace, seeds=2)} == found
-    assert "train: done already" in capsys.readouterr().out, "what is done is not done again"
+    assert "model is complete" in capsys.readouterr().out, "what is done is not done again"

@@ -15,6 +15,7 @@ from PIL import Image
 from skimage import data
 
 from ip2p.edit.names import SHIPPED, WORKSPACE
+from ip2p.errors import UserError
 from ip2p.evaluate.sweep import METRICS, SDEDITS, UNCHANGED
 from ip2p.images import decode
 from ip2p.recipe import ChosenImage, Judge, ModelRef, OtherEditor
@@ -73,18 +74,20 @@ def test_every_edit_is_scored_once_and_the_report_is_written(recipe, workspace, 
 
     capsys.readouterr()
     evaluate.run(recipe, workspace)
-    assert "the sweep is done already" in capsys.readouterr().out
+    assert "the sweep is complete" in capsys.readouterr().out
     assert workspace.read_table("evaluation", "metrics.parquet").num_rows == edits.num_rows
 
 
-def test_another_model_is_evaluated_anew(recipe, workspace, tiny_editor, local_ray, capsys):
+def test_another_model_is_refused_and_evaluated_when_asked(recipe, workspace, tiny_editor, local_ray, capsys):
     only_baselines = recipe.model_copy(update={"truth": "none"})
     evaluate.run(only_baselines, workspace)
     shutil.copytree(tiny_editor, workspace.path("model"), dirs_exist_ok=True)
     workspace.mark_done("model", steps=3)
     capsys.readouterr()
-    evaluate.run(only_baselines, workspace)
-    assert "it is made anew" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"editors: .*shipped.* before, .*workspace.* now.*--overwrite"):
+        evaluate.run(only_baselines, workspace)
+    evaluate.run(only_baselines, workspace, overwrite=True)
+    assert "overwrite: removing" in capsys.readouterr().out
     metrics, edits = (workspace.read_table("evaluation", name) for name in ("metrics.parquet", "edits"))
     assert sorted(metrics["edit_id"].to_pylist()) == sorted(edits["edit_id"].to_pylist())
     assert WORKSPACE in metrics["model"].to_pylist()

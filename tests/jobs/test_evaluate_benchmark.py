@@ -28,7 +28,7 @@ def recipe(tiny_sd, tiny_editor, tiny_clip, tiny_dino):
         "llm": {"path": str(tiny_sd)},
         "editor": {"path": str(tiny_editor)},
     }
-    return make_recipe(device="cpu", truth="none", models=models, sampling={"steps": 2, "max_side": 64})
+    return make_recipe(device="cpu", truth="none", max_failed=0.5, models=models, sampling={"steps": 2, "max_side": 64})
 
 
 @pytest.fixture
@@ -108,10 +108,10 @@ def test_what_is_wrong_is_told_before_ray_starts(recipe, benchmark_folder, tmp_p
     without = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"shipped": False})})
     with pytest.raises(ValueError, match=r"run jobs\.train"):
         evaluate_benchmark.run(without, Workspace(tmp_path / "run"), benchmark_folder)
-    workspace, source = Workspace(tmp_path / "run"), Workspace(benchmark_folder)
-    files = benchmark_files(source)
+    workspace = Workspace(tmp_path / "run")
+    started = evaluate_benchmark.stage_of(recipe, workspace, Workspace(benchmark_folder), [SHIPPED])
+    assert started.begin()
     in_one_process(recipe, workspace, benchmark_folder)
-    workspace.claim("benchmark", evaluate_benchmark.decisive(recipe, workspace, [SHIPPED], source, files))
     other = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"steps": 3})})
     with pytest.raises(ValueError, match=r"sampling\.steps: 2 before, 3 now.*--overwrite"):
         evaluate_benchmark.run(other, workspace, benchmark_folder)
@@ -131,4 +131,4 @@ def test_the_job_on_ray_and_once_more(recipe, benchmark_folder, tmp_path, local_
         assert b"On a benchmark" in file.read()
     capsys.readouterr()
     assert evaluate_benchmark.run(recipe, workspace, benchmark_folder) == tables
-    assert "done already" in capsys.readouterr().out
+    assert "the benchmark is complete" in capsys.readouterr().out

@@ -58,4 +58,4 @@ def test_every_edit_has_marks_or_a_reason_and_a_rerun_asks_for_the_rest_only(tmp
     judge_edits.run(with_judge(recipe, **sizes), workspace)
     assert workspace.read_table("evaluation", "judged.parquet").equals(judged)
     judge_edits.run(with_judge(recipe, **sizes), workspace)
-    assert "done already" in capsys.readouterr().out
+    assert "all edits are judged" in capsys.readouterr().out

@@ -49,7 +49,7 @@ def test_lora_on_qwen_is_written_once_and_goes_through_vllm(tmp_path, local_ray,
     assert counts["triplets"] + counts["held_out"] == 189
     assert "epoch 2/2" in capsys.readouterr().out
     tune_caption_editor.run(recipe, workspace)
-    assert "done already" in capsys.readouterr().out
+    assert "language_model is complete" in capsys.readouterr().out
 
     tuned = with_llm(recipe, workspace.path("language_model"), captions=GrammarCaptions(count=8))
     edit_captions.run(tuned, workspace)
