@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ip2p.errors import DeviceError
@@ -35,6 +35,7 @@ log = logging.getLogger("ip2p")
 
 DEATHS = 2  # of a worker that had this row alone, after which the row is not tried again
 BREAKS = 3  # of a GPU, after which it gets no more work
+PATIENCE = 10.0  # seconds for which a healthy GPU may be held beside a broken one
 DEVICES = 2  # that a row alone has broken, after which the row is not tried again
 
 Device = tuple[str, str]  # id of a node, id of a GPU there
@@ -241,7 +242,10 @@ class _Ledger:
         return self.breaks[device], len(self.workers - {worker})
 
     def _hold(self, device: Device) -> None:
-        """Hold a GPU. Ray lends any free one of a node: keep others until the right one comes."""
+        """Hold a GPU. Ray lends any free one of a node: keep others until the right one comes.
+
+        Others are kept for a moment only. Their workers would meanwhile ask for the broken one.
+        """
         node, gpu = device
         here = NodeAffinitySchedulingStrategy(node, soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": here}
@@ -249,7 +253,11 @@ class _Ledger:
         while True:
             holder = ray.remote(**options)(_Holder).remote()
             try:
-                given = ray.get(holder.gpu.remote())
+                given = ray.get(holder.gpu.remote(), timeout=PATIENCE if others else None)
+            except GetTimeoutError:
+                ray.kill(holder)
+                others.clear()
+                continue
             except RayActorError:
                 return  # the node is gone, and the GPU with it
             if given == gpu:
