@@ -34,6 +34,7 @@ from ip2p.recipe import FileCaptions, Recipe
 from ip2p.records import caption_id
 from ip2p.workspace import Workspace
 from jobs import edit_captions
+from runtime.vllm import BATCHES_IN_ENGINE, CPU_ENVIRONMENT
 
 Part = Literal["speed", "truth", "prefix"]
 BATCHES = {1: 32, 16: 128}  # captions for generate() at each batch size
@@ -76,7 +77,7 @@ def steady_rate(workspace: Workspace, recipe: Recipe) -> float:
     paths = [path for path in workspace.files("instructions") if path.endswith(".parquet")]
     written = sorted((info.mtime_ns / 1e9, info.path) for info in workspace.fs.get_file_info(paths))
     rows = [pq.ParquetFile(workspace.fs.open_input_file(path)).metadata.num_rows for _, path in written]
-    in_hand = edit_captions.BATCHES_IN_ENGINE * recipe.instructions.batch_size
+    in_hand = BATCHES_IN_ENGINE * recipe.instructions.batch_size
     seconds = written[-1][0] - written[0][0]
     return (sum(rows) - max(rows[0], in_hand)) / seconds if seconds else float("nan")
 
@@ -141,7 +142,7 @@ def measure_truth(captions: Sequence[str], rows: list[dict[str, Any]]) -> dict[s
 
 def measure_prefix(count: int = 64) -> dict[str, float]:
     """Share of the few-shot prompts' tokens that are not computed again. The weights do not matter: they are random."""
-    os.environ.update(edit_captions.CPU_ENVIRONMENT)
+    os.environ.update(CPU_ENVIRONMENT)
     from vllm import LLM, SamplingParams  # here: the other parts start engines of their own
 
     from ip2p.miniature.language import vocabulary

@@ -255,7 +255,7 @@ class _Ledger:
             try:
                 given = ray.get(holder.gpu.remote(), timeout=PATIENCE if others else None)
             except GetTimeoutError:
-                ray.kill(holder)
+                ray.kill(holder)  # pyright: ignore[reportArgumentType]
                 others.clear()
                 continue
             except RayActorError:
