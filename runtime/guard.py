@@ -36,7 +36,6 @@ log = logging.getLogger("ip2p")
 DEATHS = 2  # of a worker that had this row alone, after which the row is not tried again
 BREAKS = 3  # of a GPU, after which it gets no more work
 PATIENCE = 10.0  # seconds for which a healthy GPU may be held beside a broken one
-FOR_EVER = 10.0**9
 DEVICES = 2  # that a row alone has broken, after which the row is not tried again
 
 Device = tuple[str, str]  # id of a node, id of a GPU there
@@ -252,9 +251,9 @@ class _Ledger:
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": here}
         others = []
         while True:
-            holder = ray.remote(**options)(_Holder).remote()
+            holder: Any = ray.remote(**options)(_Holder).remote()
             try:
-                given = ray.get(holder.gpu.remote(), timeout=PATIENCE if others else FOR_EVER)
+                given = ray.get(holder.gpu.remote(), timeout=PATIENCE if others else None)
             except GetTimeoutError:
                 ray.kill(holder)
                 others.clear()
