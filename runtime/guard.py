@@ -251,7 +251,7 @@ class _Ledger:
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": here}
         others = []
         while True:
-            holder = ray.remote(**options)(_Holder).remote()
+            holder: Any = ray.remote(**options)(_Holder).remote()
             try:
                 given = ray.get(holder.gpu.remote(), timeout=PATIENCE if others else None)
             except GetTimeoutError:
