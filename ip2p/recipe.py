@@ -353,7 +353,9 @@ class Pairs(Section):
     width: Pixels = what(default=512, description="of the images, in pixels")
     batch_size: Positive = how(default=4, description="candidates (pairs of trajectories) that share one UNet call")
     replicas: Positive = how(default=1, description="PairGenerator actors")
-    rows_per_block: Positive = how(default=8, description="captions per write task: what a crash can cost")
+    rows_per_block: Positive = how(
+        default=8, description="captions that a worker takes at a time: what the loss of a worker can cost"
+    )
     keep_rejects: Fraction = how(
         default=0.01, description="share of captions of which rejected candidates are kept, up to max_pairs, to look at"
     )

@@ -136,7 +136,9 @@ class CrashLedger:
     """
 
     def __init__(self) -> None:
+        # Ray's memory monitor may kill this actor, too. Its counts start over then, and the job continues.
         options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": on_this_node()}
+        options |= {"max_restarts": -1, "max_task_retries": -1}
         self._ledger = ray.remote(**options)(_Ledger).remote()
 
     def start_pass(self) -> None:

@@ -79,7 +79,6 @@ def chain(
     line: Line | None = None,
     rows_per_file: int | None = None,
     count: Callable[[pa.Table], Counts] | None = None,
-    complete: bool = True,
     lost_blocks: int = 0,
 ) -> list[Written]:
     """Run `steps` on the rows of `source` that `sink` does not have, and write the results there.
@@ -93,7 +92,6 @@ def chain(
         rows_per_file: Rows collected for a file, at least. None: `rows_per_task`.
         count: Counts a file's rows for the `Written` of that file. Write tasks import its module,
             which should not import torch: four of them may run on each CPU of a node.
-        complete: Whether `sink` must have every row of `source` at the end.
         lost_blocks: Blocks of `rows_per_task` rows that the first pass may lose without ending, for
             example with an actor whose GPU is broken. The second pass asks for them again.
 
@@ -121,7 +119,7 @@ def chain(
             rows.context.max_errored_blocks = 0 if number else lost_blocks
             steps(rows, counters).write_datasink(to, ray_remote_args={"num_cpus": WRITE_CPUS})
         written += to.written
-        if not complete or adds_up(workspace, sink, before, missing, to.written):
+        if adds_up(workspace, sink, before, missing, to.written):
             return written
     _, missing = reconcile(workspace, sink, id_column, wanted)
     if len(missing):
