@@ -125,15 +125,26 @@ class Stage:
         self.what = decisive(recipe, name, "what") | jsonable(also or {})
         self.how_much = decisive(recipe, name, "how_much") | dict(amount or {})
         self.started_at = time.perf_counter()
-        source = inputs_in or workspace
+        self._missing = ""
         for stage in (*self.plan.inputs, *self.plan.optional):
-            if not source.done(stage):
-                if stage in self.plan.inputs:
-                    raise UserError(f"{source.uri(stage)} is not complete: run {PLANS[stage].job} first")
-                continue
-            self.what[f"{stage}/"] = fingerprint(source, stage, by_row=self.plan.by_row)
-            if size := PLANS[stage].size:
-                (self.how_much if self.plan.by_row else self.what)[f"{size} in {stage}/"] = source.counts(stage)[size]
+            self._read_input(inputs_in or workspace, stage)
+        if self._missing and not workspace.done(self.folders[0]):
+            raise UserError(self._missing)
+
+    def _read_input(self, source: Workspace, stage: str) -> None:
+        """Note what an input was made with and how large it is."""
+        growing = self.how_much if self.plan.by_row else self.what
+        key, size = f"{stage}/", PLANS[stage].size
+        if source.done(stage):
+            self.what[key] = fingerprint(source, stage, by_row=self.plan.by_row)
+            if size:
+                growing[f"{size} in {key}"] = source.counts(stage)[size]
+        elif stage in self.plan.inputs:
+            self._missing = f"{source.uri(stage)} is not complete: run {PLANS[stage].job} first"
+            # The input may have been removed after this stage was complete, to save storage for example.
+            before = self._made_with()
+            for values, made in ((self.what, "what"), (self.how_much, "how_much")):
+                values |= {name: value for name, value in before.get(made, {}).items() if name.endswith(key)}
 
     def begin(self, overwrite: bool = False, retry_failed: bool = False) -> bool:
         """Start or resume the stage; returns whether there is anything to do.
@@ -142,6 +153,8 @@ class Stage:
 
         Raises `UserError`, naming keys and values, when it was started with others or would have to shrink.
         """
+        if self._missing and (overwrite or retry_failed):
+            raise UserError(self._missing)
         if overwrite or self._made_with().get("removing"):
             remove(self.workspace, self.name)
         elif changed := self.changes():

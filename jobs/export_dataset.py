@@ -33,11 +33,11 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
     Raises `UserError` when `pairs/` is not complete or holds no pair, and when `dataset/` was made otherwise.
     """
     stage = Stage(workspace, "dataset", recipe)
-    if not workspace.counts("pairs")["pairs"]:
-        raise UserError(f"{workspace.uri('pairs')} holds no pair: lower pairs.thresholds or draw more candidates")
     if not stage.begin(overwrite):
         print(f"export_dataset: {workspace.uri('dataset')} is complete\n{show(workspace.counts('dataset'))}")
         return
+    if not workspace.counts("pairs")["pairs"]:
+        raise UserError(f"{workspace.uri('pairs')} holds no pair: lower pairs.thresholds or draw more candidates")
     connect()
     if workspace.exists("dataset"):
         workspace.fs.delete_dir(workspace.path("dataset"))  # an interrupted run may have had other shards

@@ -155,6 +155,20 @@ def test_an_input_must_be_complete(tmp_path):
         Stage(Workspace(tmp_path), "pairs", RECIPE)
 
 
+def test_a_complete_stage_outlives_its_input(begun):
+    """pairs/ may be removed to save storage; dataset/ stays complete, and stays itself."""
+    begun.fs.delete_dir(begun.path("pairs"))
+    assert not Stage(begun, "dataset", RECIPE).begin()
+    with pytest.raises(UserError, match=r"dataset\.validation_fraction: "):
+        Stage(begun, "dataset", changed(("dataset", "validation_fraction"))).begin()
+    with pytest.raises(UserError, match=r"pairs is not complete: run jobs\.generate_pairs first"):
+        Stage(begun, "dataset", RECIPE).begin(overwrite=True)
+    assert begun.exists("dataset", "data")
+    begun.fs.delete_file(begun.path("dataset", "_SUCCESS"))
+    with pytest.raises(UserError, match=r"pairs is not complete: run jobs\.generate_pairs first"):
+        Stage(begun, "dataset", RECIPE)
+
+
 def test_a_grown_input_extends_what_is_made_row_by_row_and_is_refused_elsewhere(begun):
     begun.mark_done("instructions", captions=2)
     assert Stage(begun, "pairs", RECIPE).begin() and not begun.done("pairs")
