@@ -79,13 +79,12 @@ def without_filter(recipe: Recipe, workspace: Workspace) -> Workspace:
     """A workspace with a dataset of the same instructions, every candidate of which was accepted."""
     bare = Workspace(workspace.uri("ablations", "unfiltered"))
     if not bare.done("instructions"):
-        for folder in ("made_with", "instructions"):  # with the mark of completion, last
-            bare.fs.create_dir(bare.path(folder), recursive=True)
-            for path in sorted(workspace.files(folder), key=lambda path: path.endswith("_SUCCESS")):
-                name = path.removeprefix(workspace.path(folder) + "/")
-                pafs.copy_files(
-                    path, bare.path(folder, name), source_filesystem=workspace.fs, destination_filesystem=bare.fs
-                )
+        made_with = [path for path in workspace.files("made_with") if path.endswith("/instructions.json")]
+        copied = made_with + workspace.files("instructions")
+        for path in sorted(copied, key=lambda path: path.endswith("_SUCCESS")):  # the mark of completion last
+            to = bare.path(path.removeprefix(workspace.path("")))
+            bare.fs.create_dir(to.rpartition("/")[0], recursive=True)
+            pafs.copy_files(path, to, source_filesystem=workspace.fs, destination_filesystem=bare.fs)
     everything = Thresholds(image=-1, direction=-1, agreement=-1)
     free = {"candidates": recipe.pairs.max_pairs, "adaptive": None, "early_look": None, "quality": None}
     pairs = recipe.pairs.model_copy(update={**free, "thresholds": everything})
