@@ -18,7 +18,7 @@ from ip2p.captions.answers import AnswerReader, names_type
 from ip2p.captions.edit_types import EDIT_TYPES
 from ip2p.captions.intake import check_source, screening, write_captions
 from ip2p.captions.prompt import few_shot_messages, schema, tuned_prompt
-from ip2p.captions.source import file_captions, hub_captions
+from ip2p.captions.source import file_captions, hub_captions, source_bytes
 from ip2p.cli import RowStageFlags, load_settings
 from ip2p.errors import UserError
 from ip2p.miniature.captions import grammar_captions
@@ -47,7 +47,9 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False, retry_fai
     """
     check(recipe)
     check_source(recipe, workspace)
-    stage = Stage(workspace, "instructions", recipe)
+    files = recipe.captions if isinstance(recipe.captions, FileCaptions) else None
+    amount = {"bytes in captions.path": source_bytes(files)} if files else {}
+    stage = Stage(workspace, "instructions", recipe, amount=amount)
     if not stage.begin(overwrite, retry_failed):
         print(f"edit_captions: {workspace.uri('instructions')} is complete")
         show([], workspace.counts("instructions"))

@@ -33,6 +33,12 @@ def file_captions(captions: FileCaptions) -> Iterator[str]:
     return islice(every, captions.limit)
 
 
+def source_bytes(captions: FileCaptions) -> int:
+    """Return the size of all caption files together, by which it is noticed that they have grown."""
+    source = Workspace(captions.path)
+    return sum(info.size for info in source.fs.get_file_info(list_files(source)))
+
+
 def list_files(source: Workspace) -> list[str]:
     """Paths of the caption files in `source`, which is one itself or a folder of them; all of one format.
 

@@ -163,7 +163,7 @@ def test_a_preview_of_nothing_says_so_before_ray_starts(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_stopped_on_two_cores(tmp_path, local_ray):
+def test_captions_that_are_added_are_asked_for_and_none_twice(tmp_path, local_ray):
     captions = grammar(20)
     source = write_captions(tmp_path / "in.parquet", captions[:12])
     workspace = Workspace(tmp_path / "run")
