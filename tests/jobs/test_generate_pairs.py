@@ -28,7 +28,7 @@ REJECTED = ("rejected", "not json")
 @pytest.fixture
 def recipe(smallest) -> Recipe:
     fewer = {"candidates": 2, "max_pairs": 1, "steps": 1, "rows_per_block": 1, "sharing": Sharing()}
-    return smallest.model_copy(update={"pairs": smallest.pairs.model_copy(update=fewer)})
+    return smallest.model_copy(update={"max_failed": 0.2, "pairs": smallest.pairs.model_copy(update=fewer)})
 
 
 @pytest.fixture
