@@ -11,7 +11,7 @@ import pytest
 from ip2p.recipe import REPOSITORY, Recipe, Sharing
 from ip2p.workspace import Workspace
 from runtime.exit import INTERRUPTED, TERMINATED
-from tests.jobs.test_generate_pairs import check_complete, wait_for_files, write_instructions
+from tests.jobs.test_generate_pairs import check_complete, files, wait_for_files, write_instructions
 
 CAPTIONS = 60
 
@@ -49,7 +49,7 @@ def test_signals_end_a_job_in_one_line_and_the_same_command_completes_it(recipe,
         assert (job.returncode, errors.splitlines()[-1]) == (status, line), errors
         for noise in ("Aborted", "Traceback", "*** SIG", "@     0x"):
             assert noise not in errors, errors
-        committed = len(workspace.files("checkpoints", "pairs"))
+        committed = len(files(workspace))
         assert committed < CAPTIONS, "the signal came too late to matter"
 
     job = start_job(recipe, workspace)
