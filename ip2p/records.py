@@ -95,6 +95,7 @@ FEEDBACK = pa.schema(
         "seed": pa.int64(),
         "solver": pa.string(),
         "model": pa.string(),
+        "client": pa.string(),  # name of the key that asked for the edit
         "choice": pa.string(),  # up or down
         "comment": pa.string(),
         "time": pa.timestamp("ms", tz="UTC"),

@@ -149,11 +149,11 @@ class Workspace:
         run.setdefault("stages", {})[stage] = {**facts, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self.write(json.dumps(run, indent=2), "run.json")
 
-    def write(self, text: str, *parts: str) -> None:
+    def write(self, content: str | bytes, *parts: str) -> None:
         """Write a small file. Under another name first: a reader never sees half of it."""
         *folders, name = parts
         with self.open_out(*folders, f".{name}.part") as file:
-            file.write(text.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
         self.fs.move(self.path(*folders, f".{name}.part"), self.path(*parts))
 
 

@@ -332,7 +332,7 @@ class PlainFile:
         before = self.read()
         if (before.version if before else None) != version:
             raise ChangedError
-        self._workspace.write(content, self._name)
+        self._workspace.write(content, *self._name.split("/"))
         time.sleep(SETTLE)
         after = self.read()
         if after is None or after.content != content:

@@ -14,7 +14,7 @@ def make_api(gateway: Gateway, clients: Clients) -> FastAPI:
     api = FastAPI(
         title="ip2p",
         summary="Edit images by written instructions",
-        docs_url="/docs",
+        docs_url=None,  # Swagger's page loads its script from another site
         redoc_url=None,
     )
     api.state.gateway = gateway

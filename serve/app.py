@@ -8,8 +8,10 @@ Clients need a key from --keys, unless --open restricts the service to this mach
 import asyncio
 import hashlib
 import ipaddress
+import secrets
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ from runtime.exit import exit_statuses
 from serve.api import make_api
 from serve.batcher import Batcher, Job
 from serve.engine_client import Description, EditProgress, EditResult
-from serve.feedback import signing_secret
+from serve.feedback import SECRET_BYTES, workspace_secret
 from serve.gateway import open_gateway
 from serve.keys import Clients, Key, read_keys
 
@@ -59,6 +61,7 @@ class EditIngress:
         workspace: Workspace | None,
         engines: dict[str, Any],
         keys: list[Key] | None,
+        keys_file: str | None,
         secret: bytes,
     ):
         shares = dict.fromkeys(engines, 1.0)
@@ -66,7 +69,7 @@ class EditIngress:
             main = next(iter(engines))
             shares = {main: 1 - canary.share, canary.version: canary.share}
         self.gateway = open_gateway(recipe, workspace, engines, shares, secret, LONGEST_EDIT)
-        self.clients = Clients(keys, recipe.serve.ingresses)
+        self.clients = Clients(keys, recipe.serve.ingresses, keys_file)
 
     def __serve_build_asgi_app__(self):
         return make_api(self.gateway, self.clients)
@@ -126,8 +129,8 @@ class EditService:
         ends: list[np.ndarray | Exception] = []
 
         def advance(progress: EditProgress) -> None:
-            if unread and unread[-1].preview is None:
-                unread.pop()
+            # Of what was not read yet only the last preview is kept, if this one has none.
+            unread[:] = [one for one in unread if one.preview is not None and progress.preview is None]
             unread.append(progress)
             woken.set()
 
@@ -186,7 +189,11 @@ def build(args: ApplicationArgs) -> Application:
     """
     recipe, workspace = read_recipe(args.recipe), Workspace(args.workspace) if args.workspace else None
     keys = None if args.open else read_keys(args.keys)
-    return application(recipe, workspace, keys, engine_resources(recipe))
+    return application(recipe, workspace, keys, engine_resources(recipe), absolute(args.keys))
+
+
+def absolute(path: str | None) -> str | None:
+    return path and str(Path(path).absolute())
 
 
 def engine_resources(recipe: Recipe) -> dict[str, Any]:
@@ -195,10 +202,15 @@ def engine_resources(recipe: Recipe) -> dict[str, Any]:
 
 
 def application(
-    recipe: Recipe, workspace: Workspace | None, keys: list[Key] | None, resources: dict[str, Any]
+    recipe: Recipe,
+    workspace: Workspace | None,
+    keys: list[Key] | None,
+    resources: dict[str, Any],
+    keys_file: str | None = None,
 ) -> Application:
     """Return the ingress and its engines. resources: `ray_actor_options` of each engine.
 
+    keys_file: where the keys come from, absolute. Ingresses that find it read it when it changes.
     Without keys the service is open. Raises `UserError` when there is no editor to serve.
     """
     settings = recipe.serve
@@ -220,7 +232,9 @@ def application(
         for version, name in deployments.items()
     }
     ingress = EditIngress.options(num_replicas=settings.ingresses)
-    return ingress.bind(recipe, workspace, engines, keys, signing_secret(workspace))
+    secret = workspace_secret(workspace) if workspace else None
+    feedback_to = workspace if secret else None
+    return ingress.bind(recipe, feedback_to, engines, keys, keys_file, secret or secrets.token_bytes(SECRET_BYTES))
 
 
 def autoscaling(recipe: Recipe) -> AutoscalingConfig:
@@ -253,7 +267,14 @@ def label(recipe: Recipe, workspace: Workspace | None, version: str) -> str:
     return f"{version}@{hashlib.blake2b(repr(facts).encode(), digest_size=4).hexdigest()}"
 
 
-def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int, keys: list[Key] | None = None) -> None:
+def start(
+    recipe: Recipe,
+    workspace: Workspace | None,
+    host: str,
+    port: int,
+    keys: list[Key] | None = None,
+    keys_file: str | None = None,
+) -> None:
     """Deploy the endpoint, or a change to it, and return when it is ready.
 
     It runs on the cluster of RAY_ADDRESS, else on a local Ray.
@@ -262,7 +283,7 @@ def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int, key
     if keys is None and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
         raise UserError(f"--open serves this machine only; use --host 127.0.0.1 instead of {host}, or pass --keys")
     connect()
-    deployed = application(recipe, workspace, keys, engine_resources(recipe))
+    deployed = application(recipe, workspace, keys, engine_resources(recipe), absolute(keys_file))
     serve.start(http_options=HTTPOptions(host=host, port=port))
     serve.run(deployed, name="ip2p", route_prefix="/")
 
@@ -270,7 +291,7 @@ def start(recipe: Recipe, workspace: Workspace | None, host: str, port: int, key
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", extra=Flags, argv=argv, needs=())
     with exit_statuses():
-        start(recipe, workspace, flags.host, flags.port, None if flags.open else read_keys(flags.keys))
+        start(recipe, workspace, flags.host, flags.port, None if flags.open else read_keys(flags.keys), flags.keys)
         version = recipe.serve.version or available(workspace)[0]
         print(f"serving the {version} editor at http://{flags.host}:{flags.port}/  (Ctrl-C ends)", flush=True)
         try:

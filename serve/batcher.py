@@ -172,14 +172,21 @@ class Batcher:
             return
 
         self.unet_samples = sum(b.engine.unet_samples for b in self._buckets.values())
-        for trajectory, job in bucket.running.items():
-            if job.moved is not None:
-                job.moved(trajectory.step, self._preview(trajectory) if job.wants_preview(trajectory.step) else None)
-        for at in range(0, len(finished), DECODED_TOGETHER):
-            chunk = finished[at : at + DECODED_TOGETHER]
+        self._tell(bucket)
+        for chunk in _chunks(finished):
             results = self.decode([trajectory.latents for trajectory in chunk])
             for trajectory, result in zip(chunk, results):
                 bucket.running.pop(trajectory).done(result)
+
+    def _tell(self, bucket: _Bucket) -> None:
+        """Report the progress of a bucket's edits, with previews that are decoded together."""
+        followed = {trajectory: job.moved for trajectory, job in bucket.running.items() if job.moved is not None}
+        wanting = [trajectory for trajectory in followed if bucket.running[trajectory].wants_preview(trajectory.step)]
+        previews: dict[Trajectory, np.ndarray] = {}
+        for chunk in _chunks(wanting):
+            previews |= zip(chunk, self.decode([_denoised(trajectory) for trajectory in chunk]))
+        for trajectory, moved in followed.items():
+            moved(trajectory.step, previews.get(trajectory))
 
     def _admit(self, bucket: _Bucket) -> None:
         room = bucket.engine.batch_size - len(bucket.engine)
@@ -204,6 +211,11 @@ class Batcher:
         """Decode n latents (C, h, w) to uint8 (n, H, W, 3), of the size that the model sees."""
         return images.to_uint8(self.editor.model.decode_latents(torch.stack(latents)))
 
-    def _preview(self, trajectory: Trajectory) -> np.ndarray:
-        assert trajectory.denoised is not None
-        return self.decode([trajectory.denoised])[0]
+
+def _chunks(trajectories: list[Trajectory]) -> list[list[Trajectory]]:
+    return [trajectories[at : at + DECODED_TOGETHER] for at in range(0, len(trajectories), DECODED_TOGETHER)]
+
+
+def _denoised(trajectory: Trajectory) -> torch.Tensor:
+    assert trajectory.denoised is not None
+    return trajectory.denoised

@@ -1,28 +1,40 @@
-"""People's opinions of edits, in append-only parquet files of the workspace's feedback/.
+"""People's opinions of edits, in parquet files of the workspace's feedback/.
 
-The id of an edit holds its settings, signed, so that any ingress can read it without stored state.
+The id of an edit holds its settings and whose key asked for it, encrypted, so that any ingress can
+read it without stored state and nobody else can. A later opinion of an edit replaces the earlier.
 """
 
 import base64
 import binascii
 import hashlib
-import hmac
+import io
 import json
+import logging
 import secrets
-import time
-import uuid
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from ip2p.errors import UserError
 from ip2p.records import FEEDBACK
 from ip2p.workspace import Workspace
+from runtime.atomic_file import AtomicFile, ChangedError, PlainFile, UnsupportedError, atomic_file
 
-FOLDER, SECRET = "feedback", "signature.key"
-SIGNATURE_BYTES = 12
+logger = logging.getLogger("ray.serve")
+
+FOLDER = "feedback"
+PATH = f"{FOLDER}/signature.key"
+SECRET_BYTES, NONCE_BYTES = 32, 12
+# Of each text in an id, so that it fits into a header: 300 letters of any script are below 1 KB.
+# CLIP reads 77 tokens, which are about as many.
+TEXT_IN_ID = 300
 
 
 def image_id(image: np.ndarray) -> str:
@@ -30,44 +42,68 @@ def image_id(image: np.ndarray) -> str:
     return hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).data, digest_size=8).hexdigest()
 
 
-def signing_secret(workspace: Workspace | None) -> bytes:
-    """Return the workspace's signing secret, creating it on first use.
+def workspace_secret(workspace: Workspace) -> bytes | None:
+    """Return the workspace's secret, creating it on first use. None: the workspace can't be written.
 
-    Without a workspace, return a random one.
+    Raises `UserError` for a damaged secret.
     """
-    if workspace is None:
-        return secrets.token_bytes(32)
-    if not workspace.exists(FOLDER, SECRET):
-        with workspace.open_out(FOLDER, SECRET) as file:
-            file.write(secrets.token_bytes(32))
-    with workspace.open_in(FOLDER, SECRET) as file:
-        return file.read()
+    try:
+        try:
+            stored = _read_or_create(workspace, atomic_file(workspace, PATH))
+        except UnsupportedError:
+            stored = _read_or_create(workspace, PlainFile(workspace, PATH))
+    except OSError as error:
+        logger.warning("feedback is off: %s can't be written: %s", workspace.location, error)
+        return None
+    except UnicodeDecodeError:
+        stored = ""
+    try:
+        secret = bytes.fromhex(stored)
+    except ValueError:
+        secret = b""
+    if len(secret) != SECRET_BYTES:
+        raise UserError(
+            f"{workspace.location}/{PATH}: not a secret of {2 * SECRET_BYTES} hex digits; "
+            "remove the file, and a new one is created (feedback on older edits is then refused)"
+        )
+    return secret
 
 
-def _signature(secret: bytes, body: bytes) -> bytes:
-    return hmac.digest(secret, body, "sha256")[:SIGNATURE_BYTES]
+def _read_or_create(workspace: Workspace, file: AtomicFile) -> str:
+    """Return the content of the secret's file, which the first of several processes writes."""
+    if stored := file.read():
+        return stored.content.strip()
+    content = secrets.token_hex(SECRET_BYTES)
+    try:
+        file.write(content, None)
+    except ChangedError:
+        return _read_or_create(workspace, file)
+    if isinstance(workspace.fs, pafs.LocalFileSystem):
+        Path(workspace.path(PATH)).chmod(0o600)
+    return content
 
 
 def make_edit_id(record: dict[str, Any], secret: bytes) -> str:
-    """Return an id that holds `record`, columns of FEEDBACK."""
-    body = zlib.compress(json.dumps(record, separators=(",", ":")).encode(), 9)
-    return base64.urlsafe_b64encode(_signature(secret, body) + body).decode().rstrip("=")
+    """Return an id that holds `record`, columns of FEEDBACK. Long texts are cut."""
+    short = {key: value[:TEXT_IN_ID] if isinstance(value, str) else value for key, value in record.items()}
+    body = zlib.compress(json.dumps(short, separators=(",", ":"), ensure_ascii=False).encode(), 9)
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    return base64.urlsafe_b64encode(nonce + AESGCM(secret).encrypt(nonce, body, None)).decode().rstrip("=")
 
 
 def read_edit_id(edit_id: str, secret: bytes) -> dict[str, Any] | None:
     """Return the record in an id, None for an id that `make_edit_id` did not make."""
     try:
         data = base64.b64decode(edit_id + "=" * (-len(edit_id) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
-        return None
-    body = data[SIGNATURE_BYTES:]
-    if not hmac.compare_digest(data[:SIGNATURE_BYTES], _signature(secret, body)):
+        body = AESGCM(secret).decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], None)
+    except (binascii.Error, ValueError, InvalidTag):
         return None
     return json.loads(zlib.decompress(body))
 
 
-def append(workspace: Workspace, row: dict[str, Any]) -> None:
-    """Write one row of FEEDBACK as a new file. Existing files are never touched."""
-    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}.parquet"
-    with workspace.open_out(FOLDER, name) as file:
-        pq.write_table(pa.Table.from_pylist([row], schema=FEEDBACK), file)
+def store(workspace: Workspace, row: dict[str, Any]) -> None:
+    """Write one row of FEEDBACK, in place of an earlier opinion of the same edit."""
+    name = hashlib.blake2b(row["edit_id"].encode(), digest_size=16).hexdigest()
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([row], schema=FEEDBACK), buffer)
+    workspace.write(buffer.getvalue(), FOLDER, f"{name}.parquet")

@@ -10,19 +10,26 @@ from ip2p.edit.editor import EditRequest
 from ip2p.recipe import Recipe, Sampling
 from ip2p.workspace import Workspace
 from serve.admission import Admission, Pace
-from serve.engine_client import EngineClient, EngineHandle
+from serve.engine_client import EditCall, EngineClient, EngineHandle
+from serve.load import work_of
 from serve.metrics import Metrics
-from serve.pictures import Pictures
-from serve.schema import Settings
+from serve.pictures import Pictures, Source, Upload
+from serve.schema import AskedFormat, Settings
+
+PICTURES = 16  # of `max_pixels` each, that an ingress may hold
+BYTES_A_PIXEL = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Gateway:
-    """One for each ingress. longest_edit: seconds for an edit whose request sets no deadline."""
+    """One for each ingress. longest_edit: seconds for an edit whose request sets no deadline.
+
+    workspace: where feedback goes, None when there is none that can be written.
+    """
 
     recipe: Recipe
     workspace: Workspace | None
-    secret: bytes  # signs the ids of edits
+    secret: bytes  # encrypts the ids of edits
     longest_edit: float
     started: int  # Unix time
     admission: Admission
@@ -40,8 +47,11 @@ def open_gateway(
     longest_edit: float,
 ) -> Gateway:
     """Return a gateway to engines. handles and shares: as of `EngineClient`."""
-    pace = Pace()
-    admission = Admission(recipe.serve.queue, pace)
+    settings, pace = recipe.serve, Pace()
+    admission = Admission(settings.queue, BYTES_A_PIXEL * PICTURES * settings.max_pixels, pace)
+    # Twice of what all engines can batch, so that a waiting edit takes a free place at once. Fewer
+    # would hide the demand from Serve's autoscaling.
+    slots = max(settings.batch_size, 2 * settings.batch_size * settings.replicas[1] // settings.ingresses)
     metrics = Metrics(in_flight=lambda: admission.in_flight)
     return Gateway(
         recipe=recipe,
@@ -51,9 +61,40 @@ def open_gateway(
         started=int(time.time()),
         admission=admission,
         metrics=metrics,
-        engines=EngineClient(handles, shares, pace, metrics),
-        pictures=Pictures(recipe.serve.max_pixels, secret),
+        engines=EngineClient(handles, shares, slots, pace, metrics),
+        pictures=Pictures(settings.max_pixels, secret),
     )
+
+
+class Asker:
+    """Who asks for edits: which version, on whose turns, and until when (by time.monotonic)."""
+
+    def __init__(self, gateway: Gateway, version: str, client: str, seconds: float | None):
+        self.gateway, self.version, self.client = gateway, version, client
+        self.deadline = time.monotonic() + (seconds or gateway.longest_edit)
+
+    def call(self, request: EditRequest, load: float, param: str) -> EditCall:
+        return EditCall(self.version, request, self.client, load, self.deadline, param)
+
+    async def inspect(self, data: bytes | str) -> Upload:
+        """Return a file by its header. Raises `RefusedError`."""
+        return await self.gateway.pictures.inspect(self.client, data)
+
+    async def decode(self, upload: Upload, asked: AskedFormat, opaque: bool = False) -> tuple[Source, np.ndarray]:
+        """Return the picture, and what the model sees of it. Raises `RefusedError`."""
+        pictures = self.gateway.pictures
+        model = await self.gateway.engines.describe(self.version, self.deadline)
+        source = await pictures.decode(self.client, upload, asked, opaque)
+        return source, await pictures.fit(self.client, source, model)
+
+
+def work(gateway: Gateway, upload: Upload, settings: Settings, preview_every: int = 0) -> float:
+    """Return the work of one edit of an upload, in usual edits."""
+    sampling = gateway.recipe.sampling
+    steps = settings.num_inference_steps or sampling.steps
+    previews = (steps - 1) // preview_every if preview_every else 0
+    full = sampling.max_side**2
+    return work_of(steps, previews, min(upload.pixels, full), full)
 
 
 def edit_request(settings: Settings, instruction: str, image: np.ndarray, defaults: Sampling) -> EditRequest:

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 # Other paths are counted as one, or strangers could add a time series with every request.
 KNOWN_PATHS = {
     "/", "/static/page.css", "/static/page.js",
-    "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json",
+    "/healthz", "/readyz", "/metrics", "/openapi.json",
     "/v1/defaults", "/v1/models", "/v1/edits", "/v1/images/edits", "/v1/feedback",
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from ip2p.recipe import Solver
 
@@ -16,11 +16,6 @@ MAX_EDITS = 64  # per request
 MAX_IMAGES = 16
 MAX_SIDE = 4096  # of `size`
 LONGEST_DEADLINE = 600  # seconds
-CONTENT_TYPES = {
-    "/v1/images/edits": "multipart/form-data",
-    "/v1/edits": "application/json",
-    "/v1/feedback": "application/json",
-}
 
 Instruction = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT)]
 NegativePrompt = Annotated[str, StringConstraints(strip_whitespace=True, max_length=MAX_PROMPT)]
@@ -29,6 +24,19 @@ Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Deadline = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE, allow_inf_nan=False)]
 OutputFormat = Literal["png", "jpeg", "webp"]
+AskedFormat = Literal["auto", "png", "jpeg", "webp"]
+FORMAT = "auto: png for a transparent image and for a PNG of at most 1 megapixel, else jpeg; png and webp are lossless"
+
+
+def _only(value: str | float, way_out: str) -> AfterValidator:
+    """Return a validator that accepts nothing but `value`."""
+
+    def check(given: str | float) -> str | float:
+        if given != value:
+            raise ValueError(f"{str(given)[:80]!r} is not supported: {way_out}")
+        return given
+
+    return AfterValidator(check)
 
 
 class Settings(BaseModel):
@@ -45,14 +53,13 @@ class Settings(BaseModel):
 class EditForm(Settings):
     """The multipart form of POST /v1/images/edits."""
 
-    model_config = ConfigDict(extra="ignore")  # OpenAI's clients may send further fields
+    model_config = ConfigDict(extra="forbid")
 
-    image: list[UploadFile] = Field(default=[], description="PNG, JPEG or WebP; each of several is edited")
-    images: list[UploadFile] = Field(
-        default=[], alias="image[]", description="another name of `image`, used by some clients"
+    image: Annotated[list[UploadFile], Field(min_length=1, max_length=MAX_IMAGES)] = Field(
+        description="PNG, JPEG or WebP; each of several is edited; also as image[], image[0], …"
     )
     mask: UploadFile | None = Field(default=None, description="not supported; describe the change in the prompt")
-    prompt: Instruction = Field(description="the instruction, e.g. 'make it night'")
+    prompt: Instruction = Field(description="the instruction, e.g. 'make it night'; a model reads about 77 tokens")
     n: Annotated[int, Field(ge=1, le=10)] = Field(default=1, description="edits per image; seeds count up")
     size: str = Field(
         default="auto",
@@ -62,9 +69,22 @@ class EditForm(Settings):
     response_format: Literal["b64_json", "png"] = Field(
         default="b64_json", description="b64_json: JSON with the image in base64; png: the PNG itself"
     )
-    output_format: OutputFormat = Field(default="png", description="format of the image in base64")
+    output_format: AskedFormat = Field(default="auto", description=FORMAT)
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        default=None, description="quality of a jpeg or webp, which is then lossy"
+    )
+    background: Literal["auto", "opaque"] = Field(
+        default="auto", description="auto: transparent where the image is; opaque: white there"
+    )
     model: str | None = Field(default=None, max_length=200, description="one of /v1/models")
     deadline_s: Deadline | None = Field(default=None, description="seconds after which the edit is given up")
+    # OpenAI's clients may send these. A value that would have no effect is refused.
+    quality: Annotated[str, _only("auto", "choose num_inference_steps")] = "auto"
+    input_fidelity: Annotated[str, _only("", "choose image_guidance_scale")] = ""
+    moderation: Annotated[str, _only("auto", "leave it out")] = "auto"
+    stream: Annotated[bool, _only(False, "POST /v1/edits streams")] = False
+    partial_images: Annotated[int, _only(0, "see preview_every of POST /v1/edits")] = 0
+    user: str = Field(default="", max_length=200, description="accepted from OpenAI's clients, and not used")
 
 
 class Edit(Settings):
@@ -97,7 +117,7 @@ class EditsRequest(BaseModel):
 
     image: Annotated[str, Field(min_length=1)] = Field(description="PNG, JPEG or WebP in base64, or as a data: URL")
     edits: Annotated[list[Edit], Field(min_length=1, max_length=MAX_EDITS)] = Field(description="the edits to make")
-    output_format: OutputFormat = Field(default="png", description="format of the images in the answer")
+    output_format: AskedFormat = Field(default="auto", description=FORMAT)
     model: str | None = Field(default=None, max_length=200, description="one of /v1/models")
     stream: bool = Field(default=False, description="answer with server-sent events")
     preview_every: Annotated[int, Field(ge=0, le=MAX_STEPS)] = Field(
@@ -108,12 +128,16 @@ class EditsRequest(BaseModel):
 
 class EditedImage(BaseModel):
     b64_json: str = Field(description="the image in base64")
+    output_format: OutputFormat = Field(description="the format of the image")
     seed: int
     edit_id: str = Field(description="for POST /v1/feedback")
 
 
 class EditResponse(BaseModel):
-    """The edited images, and the settings that reproduce them. `seed` is the first image's."""
+    """The edited images, and the settings that reproduce them.
+
+    `seed` and `output_format` are the first image's.
+    """
 
     created: int = Field(description="Unix time")
     data: list[EditedImage]
@@ -138,6 +162,7 @@ class Edited(BaseModel):
     seed: int
     solver: str
     model: str
+    output_format: OutputFormat = Field(description="the format of the image")
     image: str = Field(description="the image in base64")
 
 

@@ -16,6 +16,8 @@ T = TypeVar("T")
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "a field is wrong: the answer names it"},
     401: {"model": ErrorResponse, "description": "a key is missing or unknown"},
+    403: {"model": ErrorResponse, "description": "an endpoint without keys serves its own machine only"},
+    404: {"model": ErrorResponse, "description": "no such version, or no such edit"},
     408: {"model": ErrorResponse, "description": "the upload was too slow, or the edit missed its deadline"},
     413: {"model": ErrorResponse, "description": "the body or the file is too large"},
     415: {"model": ErrorResponse, "description": "the content type is wrong"},
@@ -28,6 +30,9 @@ async def _gateway(request: Request) -> Gateway:
 
 
 async def _client(request: Request) -> Client | None:
+    """Return the client of a request, whose body is parsed by now."""
+    if parsed := request.scope.get("body_parsed"):
+        parsed()
     return request.scope["client_of_key"]
 
 

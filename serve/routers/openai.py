@@ -5,14 +5,16 @@ import time
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, UploadFile
+from fastapi import APIRouter, Form
 from fastapi.responses import Response
 
 from ip2p.edit.editor import EditRequest
-from serve.engine_client import Description, EditResult
-from serve.errors import RefusedError
-from serve.gateway import Gateway, edit_request
-from serve.pictures import Source, output_size
+from serve.bodies import BodyRoute
+from serve.engine_client import EditCall, EditResult
+from serve.errors import RefusedError, before
+from serve.gateway import Asker, Gateway, edit_request, work
+from serve.load import Load, memory_of
+from serve.pictures import Source, Upload, output_size, size_box
 from serve.routers.dependencies import (
     REFUSALS,
     CurrentClient,
@@ -21,18 +23,18 @@ from serve.routers.dependencies import (
     UntilAnswered,
     run_all,
 )
-from serve.schema import MAX_IMAGES, EditedImage, EditForm, EditResponse, OutputFormat
+from serve.schema import EditedImage, EditForm, EditResponse, OutputFormat
 
 SEEDS = 2**63  # seeds count up from an image's first one, and wrap here
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @dataclass(frozen=True, eq=False)
 class _Planned:
     """An edit to be made. size: (H, W) of the answer."""
 
-    request: EditRequest
+    call: EditCall
     source: Source
     size: tuple[int, int]
 
@@ -44,6 +46,7 @@ class _Finished:
     request: EditRequest
     result: EditResult
     file: bytes
+    output_format: OutputFormat
     edit_id: str
 
 
@@ -60,53 +63,64 @@ async def edit_images(
     x_model_version: ModelVersion = None,
 ):
     """Edits images as the prompt says. Results keep the size, orientation and transparency."""
-    files = [*form.image, *form.images]
-    _check(form, files)
+    _check(form)
     version = gateway.engines.choose(x_model_version, form.model)
-    deadline = time.monotonic() + (form.deadline_s or gateway.longest_edit)
-    until_answered.enter_context(gateway.admission.admit(client, len(files) * form.n))
+    asker = Asker(gateway, version, client.key.name if client else "", form.deadline_s)
+    async with before(asker.deadline):
+        uploads = [await asker.inspect(await file.read()) for file in form.image]
+        until_answered.enter_context(
+            gateway.admission.admit(client, len(uploads) * form.n, _load(gateway, form, uploads))
+        )
+        planned: list[_Planned] = []
+        for upload in uploads:
+            planned += await _plan(asker, form, upload)
+        finished = await run_all(_make(asker, form, one) for one in planned)
+    return _png(finished[0]) if form.response_format == "png" else _json(finished)
 
-    model = await gateway.engines.describe(version, deadline)
-    planned: list[_Planned] = []
-    for file in files:
-        planned += await _plan(gateway, form, file, model)
-    finished = await run_all(_make(gateway, version, deadline, form.output_format, one) for one in planned)
-    return _png(finished[0]) if form.response_format == "png" else _json(form, finished)
 
-
-def _check(form: EditForm, files: list[UploadFile]) -> None:
+def _check(form: EditForm) -> None:
     """Raises `RefusedError` for what the schema of a form can't express."""
     if form.mask is not None:
         message = "mask: not supported; leave it out and describe the change in the prompt"
         raise RefusedError(message, 400, param="mask")
-    if not files:
-        message = "image: field required: send a PNG, JPEG or WebP file"
-        raise RefusedError(message, 400, param="image")
-    if len(files) > MAX_IMAGES:
-        message = f"image: {len(files)} images are too many; send at most {MAX_IMAGES}"
-        raise RefusedError(message, 400, param="image")
-    if form.response_format == "png" and (len(files) * form.n > 1 or form.output_format != "png"):
+    several = len(form.image) * form.n > 1
+    if form.response_format == "png" and (several or form.output_format not in ("auto", "png")):
         message = "response_format: png holds one PNG; use b64_json, or ask for one image"
         raise RefusedError(message, 400, param="response_format")
+    size_box(form.size)
 
 
-async def _plan(gateway: Gateway, form: EditForm, file: UploadFile, model: Description) -> list[_Planned]:
+def _load(gateway: Gateway, form: EditForm, uploads: list[Upload]) -> Load:
+    """Return the load of all edits of a form."""
+    box, lossless = size_box(form.size), form.output_format in ("png", "webp")
+    results = [form.n * (upload.pixels if box is None else box[0] * box[1]) for upload in uploads]
+    return Load(
+        work=form.n * sum(work(gateway, upload, form) for upload in uploads),
+        memory=sum(
+            memory_of(len(upload.data), upload.pixels, pixels, lossless) for upload, pixels in zip(uploads, results)
+        ),
+    )
+
+
+async def _plan(asker: Asker, form: EditForm, upload: Upload) -> list[_Planned]:
     """Return the `n` edits of one file. Raises `RefusedError`."""
-    source = await gateway.pictures.decode(await file.read(), form.output_format)
-    fitted = await gateway.pictures.fit(source, model)
-    first = edit_request(form, form.prompt, fitted, gateway.recipe.sampling)
-    size = output_size(form.size, source.rgb)
+    asked_format = "png" if form.response_format == "png" else form.output_format
+    source, fitted = await asker.decode(upload, asked_format, opaque=form.background == "opaque")
+    first = edit_request(form, form.prompt, fitted, asker.gateway.recipe.sampling)
+    size = output_size(form.size, source.rgb, asker.gateway.recipe.serve.max_pixels)
     seeds = [(first.seed + k) % SEEDS for k in range(form.n)]
-    return [_Planned(replace(first, seed=seed), source, size) for seed in seeds]
+    load = work(asker.gateway, upload, form)
+    return [
+        _Planned(asker.call(replace(first, seed=seed), load, "num_inference_steps"), source, size) for seed in seeds
+    ]
 
 
-async def _make(
-    gateway: Gateway, version: str, deadline: float, output_format: OutputFormat, planned: _Planned
-) -> _Finished:
-    request, source, size = planned.request, planned.source, planned.size
-    result = await gateway.engines.edit(version, request, deadline, "num_inference_steps")
-    file, edit_id = await gateway.pictures.finish(request, source, result, output_format, size)
-    return _Finished(request, result, file, edit_id)
+async def _make(asker: Asker, form: EditForm, planned: _Planned) -> _Finished:
+    result = await asker.gateway.engines.edit(planned.call)
+    file, edit_id = await asker.gateway.pictures.finish(
+        asker.client, planned.call.request, planned.source, result, planned.size, form.output_compression
+    )
+    return _Finished(planned.call.request, result, file, planned.source.output_format, edit_id)
 
 
 def _settings(request: EditRequest) -> dict[str, Any]:
@@ -128,10 +142,11 @@ def _png(finished: _Finished) -> Response:
     return Response(finished.file, media_type="image/png", headers=headers)
 
 
-def _json(form: EditForm, finished: list[_Finished]) -> EditResponse:
+def _json(finished: list[_Finished]) -> EditResponse:
     data = [
         EditedImage(
             b64_json=base64.b64encode(one.file).decode(),
+            output_format=one.output_format,
             seed=one.request.seed,
             edit_id=one.edit_id,
         )
@@ -141,6 +156,6 @@ def _json(form: EditForm, finished: list[_Finished]) -> EditResponse:
         created=int(time.time()),
         data=data,
         model=finished[0].result.engine.version,
-        output_format=form.output_format,
+        output_format=finished[0].output_format,
         **_settings(finished[0].request),
     )
