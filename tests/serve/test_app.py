@@ -200,14 +200,16 @@ def test_stream_sends_progress_previews_and_results(client):
     assert steps == sorted(set(steps))
     assert set(steps) <= set(range(1, 13))
     previews = [data for event, data in heard if event == "preview"]
-    assert {(data["index"], data["step"]) for data in previews} == {(0, s) for s in (2, 4, 6, 8, 10)} | {(1, 2)}
+    shown = {(data["index"], data["step"]) for data in previews}
+    assert shown and shown <= {(0, s) for s in (2, 4, 6, 8, 10)} | {(1, 2)}, "unsent ones are replaced by newer ones"
+    assert {data["output_format"] for data in previews} == {"jpeg"}
     assert images.decode(base64.b64decode(previews[0]["image"])).ndim == 3
     (plain,) = client.post("/v1/edits", json=body({"seed": 2, "num_inference_steps": 4})).json()["edits"]
     assert near(images.decode(base64.b64decode(plain["image"])), images.decode(base64.b64decode(results[0]["image"])))
 
 
 def test_disconnected_client_frees_its_capacity(client):
-    content = body(*[{"num_inference_steps": 100}] * 16, stream=True)
+    content = body(*[{"num_inference_steps": 100}] * 3, stream=True)
     with client.stream("POST", "/v1/edits", json=content) as answer:
         next(answer.iter_text())
     before = time.monotonic()
@@ -219,7 +221,7 @@ def test_disconnected_client_frees_its_capacity(client):
 
 
 def test_deadlines_are_honoured(client):
-    answer = client.post("/v1/edits", json=body(*[{"num_inference_steps": 100}] * 8, deadline_s=0.05))
+    answer = client.post("/v1/edits", json=body(*[{"num_inference_steps": 100}] * 3, deadline_s=0.05))
     assert answer.status_code == 408
     assert "allow more seconds" in answer.json()["error"]["message"]
     heard = events(client, body({"num_inference_steps": 100}, deadline_s=0.05))
@@ -243,6 +245,13 @@ def test_feedback_is_stored_with_the_edits_settings(client, workspace):
     assert [rows["up"][fact] for fact in facts] == ["make it night", 9, 2, 3.5, 1.5, "shipped", "as I meant it"]
     assert rows["up"]["source_id"] == rows["down"]["source_id"] == image_id(PHOTO)
     assert rows["up"]["result_id"] == image_id(images.decode(base64.b64decode(edit["image"])))
+    opinion = {"edit_id": edit["edit_id"], "choice": "down"}
+    files = len(workspace.files("feedback"))
+    for _ in range(3):
+        assert client.post("/v1/feedback", json=opinion).status_code == 204
+    assert len(workspace.files("feedback")) == files, "the same vote counts once"
+    of_another_key = client.post("/v1/feedback", json=opinion, headers={"authorization": f"Bearer {SLOW}"})
+    assert of_another_key.status_code == 404
     unknown = client.post("/v1/feedback", json={"edit_id": edit["edit_id"][::-1], "choice": "up"})
     assert unknown.status_code == 404
     assert "edit_id" in unknown.json()["error"]["message"]
@@ -296,7 +305,7 @@ def test_bad_form_is_rejected_with_a_reason(client, change, param, says):
         ({"edits": []}, "edits", "at least 1"),
         ({"edits": [{"instruction": "x"}] * 65}, "edits", "at most 64"),
         ({"edits": [{"instruction": "x", "seed": "x"}]}, "edits.0.seed", "integer"),
-        ({"edits": [{"instruction": "x", "colour": "x"}]}, "edits.0.colour", "not permitted"),
+        ({"edits": [{"instruction": "x", "colour": "x"}]}, "edits.0.colour", "unknown field"),
         ({"image": "§"}, "image", "base64"),
         ({"image": "data:image/png,x"}, "image", "data:image/png;base64"),
         ({"preview_every": -1}, "preview_every", "greater than"),
@@ -357,14 +366,13 @@ def test_keys_are_limited(client):
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
     slow = client.post("/v1/edits", json=body({}, {}, {}), headers={"authorization": f"Bearer {SLOW}"})
-    assert slow.status_code == 429
-    assert "0 of 2 edits in flight" in slow.json()["error"]["message"]
-    assert slow.headers["retry-after"]
+    assert slow.status_code == 400
+    assert "at most 2 fit" in slow.json()["error"]["message"]
 
 
 def test_full_server_rejects_with_retry_after(client, recipe):
     too_many = client.post("/v1/edits", json=body(*[{}] * (recipe.serve.queue + 1)))
-    assert too_many.status_code == 429
+    assert too_many.status_code == 400, "it can never fit"
     with ThreadPoolExecutor(8) as pool:
         many = body(*[{"num_inference_steps": 20}] * 8)
         answers = list(pool.map(lambda _: client.post("/v1/edits", json=many), range(8)))
@@ -400,9 +408,8 @@ def test_health_defaults_static_files_and_docs_are_served(client):
     fields = described["components"]["schemas"]["EditForm"]["properties"]
     assert {"image", "prompt", "guidance_scale", "image_guidance_scale", "num_inference_steps", "seed"} <= set(fields)
     assert described["components"]["schemas"]["EditsRequest"]["examples"]
-    assert client.get("/docs").status_code == 200
     assert "ip2p_serve_edit_seconds_bucket" in client.get("/metrics").text
-    for path in ("/", "/static/page.css", "/static/page.js", "/healthz", "/readyz", "/docs"):
+    for path in ("/", "/static/page.css", "/static/page.js", "/healthz", "/readyz", "/openapi.json"):
         assert client.get(path, headers={"authorization": ""}).status_code == 200, f"{path} needs no key"
 
 

@@ -39,14 +39,14 @@ def _keys(monkeypatch):
 
 def engines_of(built) -> dict:
     """Return the deployment of each version's engines."""
-    _, _, engines, _, _ = built._bound_deployment.init_args
+    engines = built._bound_deployment.init_args[2]
     return {version: bound._bound_deployment for version, bound in engines.items()}
 
 
 def test_serve_builds_the_application_of_a_config_file(tmp_path):
     args = {"recipe": RECIPE, "workspace": str(tmp_path)}
     built = call_user_app_builder_with_args_if_necessary(build, args)
-    recipe, workspace, _, keys, _ = built._bound_deployment.init_args
+    recipe, workspace, _, keys, *_ = built._bound_deployment.init_args
     assert built._bound_deployment.name == "EditIngress"
     assert recipe.name == "miniature"
     assert workspace.location == str(tmp_path)
@@ -59,7 +59,7 @@ def test_workspace_is_optional_and_missing_keys_need_open(monkeypatch):
     monkeypatch.delenv(VARIABLE)
     with pytest.raises(ValueError, match="no keys"):
         build(ApplicationArgs(recipe=RECIPE))
-    _, workspace, _, keys, _ = build(ApplicationArgs(recipe=RECIPE, open=True))._bound_deployment.init_args
+    _, workspace, _, keys, *_ = build(ApplicationArgs(recipe=RECIPE, open=True))._bound_deployment.init_args
     assert workspace is None
     assert keys is None
 
