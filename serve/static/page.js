@@ -125,7 +125,9 @@ async function* events(answer) {
 
 // ---- pictures
 
-function fromBase64(text) { return new Blob([Uint8Array.from(atob(text), letter => letter.charCodeAt(0))], {type: "image/png"}); }
+/** An image of an answer, {image, output_format}, as a Blob and as a URL. */
+function toBlob({image, output_format}) { return new Blob([Uint8Array.from(atob(image), letter => letter.charCodeAt(0))], {type: `image/${output_format}`}); }
+function toURL({image, output_format}) { return `data:image/${output_format};base64,${image}`; }
 
 function toDataURL(blob) {
   return new Promise((resolve, reject) => {
@@ -271,9 +273,9 @@ function drawPicture(draft = null) {
   $("result").hidden = !compared;
   clearErrors("feedback");
   if (!compared) return;
-  const {instruction, seed} = result.made;
+  const {instruction, seed, output_format} = result.made;
   $("save").href = result.url;
-  $("save").download = `${instruction.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60).replace(/^-|-$/g, "") || "edited"}-${seed}.png`;
+  $("save").download = `${instruction.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60).replace(/^-|-$/g, "") || "edited"}-${seed}.${output_format === "jpeg" ? "jpg" : output_format}`;
   for (const choice of ["up", "down"]) $(choice).setAttribute("aria-pressed", result.choice === choice);
 }
 
@@ -394,7 +396,7 @@ async function run(edits, previewEvery, where, on) {
     done() { ended = true; },
   };
   try {
-    const body = {image: await toDataURL(from.blob), edits, output_format: "png", stream: true, preview_every: previewEvery};
+    const body = {image: await toDataURL(from.blob), edits, stream: true, preview_every: previewEvery};
     for await (const [event, data] of events(await call("v1/edits", body, abort.signal))) {
       known[event]?.(data);
       await on[event]?.(data, from);
@@ -425,9 +427,9 @@ async function edit() {
   setStatus(`Editing: ${wanted.instruction}`);
   $("frame").scrollIntoView({block: "nearest"});
   await run([wanted], Math.ceil(wanted.num_inference_steps / PREVIEWS), "run", {
-    preview({image}, from) { if (base === from) drawPicture(`data:image/png;base64,${image}`); },
+    preview(preview, from) { if (base === from) drawPicture(toURL(preview)); },
     async result(made, from) {
-      const node = await add(fromBase64(made.image), from, {made: {...made, image: null}});
+      const node = await add(toBlob(made), from, {made: {...made, image: null}});
       compareAt(50);
       show(from, node);
       setStatus(`Done in ${((performance.now() - began) / 1000).toFixed(1)} s: ${made.instruction}. Seed ${made.seed}.`);
@@ -508,8 +510,8 @@ function drawGrid(rows, columns) {
 }
 
 function fillCell(cell, made, from) {
-  const blob = fromBase64(made.image), picture = new Image();
-  picture.src = `data:image/png;base64,${made.image}`;
+  const blob = toBlob(made), picture = new Image();
+  picture.src = toURL(made);
   picture.alt = "";
   picture.classList.toggle("pixels", isSmall(from.width, from.height));
   cell.replaceChildren(picture);
@@ -607,10 +609,10 @@ document.onkeydown = event => {
 // ---- start
 
 for (const {caption, instructions, png} of EXAMPLES) {
-  const button = thumbnail(`data:image/png;base64,${png}`, {width: 32, height: 32}, "");
+  const example = {image: png, output_format: "png"}, button = thumbnail(toURL(example), {width: 32, height: 32}, "");
   button.classList.add("example");
   button.setAttribute("aria-label", button.title = caption);
-  button.onclick = () => choose(fromBase64(png), instructions);
+  button.onclick = () => choose(toBlob(example), instructions);
   $("examples").append(button);
 }
 drawSliders();

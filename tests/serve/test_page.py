@@ -265,7 +265,7 @@ def test_edits_are_chained_undone_redone_and_rated(visit, workspace):
     page.locator("#down").click()
     expect(page.locator("#down")).to_have_attribute("aria-pressed", "true")
     rows = sorted(workspace.read_table("feedback").to_pylist(), key=lambda row: row["time"])
-    assert [row["choice"] for row in rows] == ["up", "down"]
+    assert [row["choice"] for row in rows] == ["down"], "the later opinion of an edit replaces the earlier"
     assert page.locator("#strip li").count() == 4, "nothing is forgotten"
 
 
