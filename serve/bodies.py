@@ -27,13 +27,14 @@ class BodyLimits:
 
     content_type: str
     most: int
+    way_out: str = "send smaller images"
 
 
 # A path that is not listed takes no body.
 BODIES = {
     "/v1/images/edits": BodyLimits("multipart/form-data", MAX_BODY_BYTES),
     "/v1/edits": BodyLimits("application/json", MAX_IMAGE_BYTES * 4 // 3 + 2**20),  # an image in base64
-    "/v1/feedback": BodyLimits("application/json", 2**16),
+    "/v1/feedback": BodyLimits("application/json", 2**16, "send a shorter comment"),
 }
 # Of JSON. Edits of MAX_EDITS use 24 strings each at most, 1 KB without them, and a depth of 3.
 MAX_STRINGS = 32 * MAX_EDITS

@@ -121,12 +121,12 @@ class RequestGuard:
                     body += piece
                     more = message.get("more_body", False)
                     if len(body) > limits.most:
-                        text = f"the body has more than {limits.most} bytes: send smaller images"
+                        text = f"the body has more than {limits.most} bytes: {limits.way_out}"
                         raise RefusedError(text, 413)
         except TimeoutError as error:
             raise RefusedError(
                 f"the body did not arrive within {self.upload_s:g} seconds: "
-                "send smaller images, or use a faster connection",
+                f"{limits.way_out}, or use a faster connection",
                 408,
             ) from error
         return bytes(body)
@@ -149,7 +149,7 @@ def _check_headers(limits: BodyLimits, headers: Headers) -> None:
         message = f"content-length: {length[:80]!r} is not a number of bytes"
         raise RefusedError(message, 400, param="content-length")
     if size > limits.most:
-        message = f"the body has {size} bytes, more than {limits.most}: send smaller images"
+        message = f"the body has {size} bytes, more than {limits.most}: {limits.way_out}"
         raise RefusedError(message, 413)
 
 

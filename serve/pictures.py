@@ -174,8 +174,11 @@ def from_base64(text: str) -> bytes:
             )
     try:
         return binascii.a2b_base64(text.encode("ascii").translate(None, b" \t\r\n"), strict_mode=True)
-    except (binascii.Error, ValueError) as error:
-        message = f"image: not base64 ({str(error)[:80]}): send the file in base64"
+    except UnicodeEncodeError as error:
+        message = f"image: not base64 ({error.object[error.start]!r} is no letter of it): send the file in base64"
+        raise RefusedError(message, 400, param="image") from error
+    except binascii.Error as error:
+        message = f"image: not base64 ({error}): send the file in base64"
         raise RefusedError(message, 400, param="image") from error
 
 

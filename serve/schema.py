@@ -24,6 +24,8 @@ Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Deadline = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE, allow_inf_nan=False)]
 OutputFormat = Literal["png", "jpeg", "webp"]
+# A PNG of one pixel.
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4AWNgYGAAAAAEAAHklIQGAAAAAElFTkSuQmCC"
 AskedFormat = Literal["auto", "png", "jpeg", "webp"]
 FORMAT = "auto: png for a transparent image and for a PNG of at most 1 megapixel, else jpeg; png and webp are lossless"
 
@@ -103,7 +105,7 @@ class EditsRequest(BaseModel):
         json_schema_extra={
             "examples": [
                 {
-                    "image": "data:image/png;base64,iVBORw0KGgo…",
+                    "image": "data:image/png;base64," + PIXEL,
                     "edits": [
                         {"instruction": "make it night", "seed": 7},
                         {"instruction": "make it night", "seed": 7, "image_guidance_scale": 2.0},

@@ -407,7 +407,8 @@ def test_health_defaults_static_files_and_docs_are_served(client):
     described = client.get("/openapi.json").json()
     fields = described["components"]["schemas"]["EditForm"]["properties"]
     assert {"image", "prompt", "guidance_scale", "image_guidance_scale", "num_inference_steps", "seed"} <= set(fields)
-    assert described["components"]["schemas"]["EditsRequest"]["examples"]
+    (example,) = described["components"]["schemas"]["EditsRequest"]["examples"]
+    assert client.post("/v1/edits", json=example | {"stream": False}).status_code == 200
     assert "ip2p_serve_edit_seconds_bucket" in client.get("/metrics").text
     for path in ("/", "/static/page.css", "/static/page.js", "/healthz", "/readyz", "/openapi.json"):
         assert client.get(path, headers={"authorization": ""}).status_code == 200, f"{path} needs no key"
