@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from ip2p.errors import UserError
 
@@ -599,17 +599,21 @@ class Evaluate(Section):
     replicas: Positive = how(default=1, description="Editor actors")
 
 
+# A folder below versions/, and nothing outside of it.
+Version = Annotated[str, StringConstraints(pattern=r"^[\w-][\w.-]*$")]
+
+
 class Canary(Section):
     """A second editor that gets a share of the edits, to be watched before it is served to all."""
 
-    version: str = how(description="as serve.version")
+    version: Version = how(description="as serve.version")
     share: Fraction = how(default=0.1, description="of the edits that name no model")
 
 
 class Serve(Section):
     """The endpoint. Limits hold for each ingress."""
 
-    version: str | None = how(
+    version: Version | None = how(
         default=None,
         description="which editor: workspace (its model/), shipped, or a folder of the workspace's versions/; null: "
         "the workspace's where it has been trained, else the shipped one",
@@ -618,7 +622,7 @@ class Serve(Section):
     replicas: Annotated[tuple[Annotated[int, Field(ge=0)], Positive], AfterValidator(_rising)] = how(
         default=(1, 1), description="fewest and most engines; fewest 0: none while nobody asks"
     )
-    ingresses: Positive = how(default=1, description="processes that read requests and ask the engines")
+    ingresses: Positive = how(default=2, description="processes that read requests and ask the engines")
     batch_size: Positive = how(default=8, description="edits in one UNet call")
     queue: Positive = how(default=128, description="edits that wait or are on their way; more are answered with 429")
     max_pixels: Positive = how(default=25_000_000, description="larger images are refused before they are decoded")

@@ -1,5 +1,6 @@
 """Admission control: how much work may be in flight, and when a rejected client should retry."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,14 +40,24 @@ class Admission:
         self.limit, self.most_memory, self.pace = limit, memory, pace
         self.in_flight = 0  # edits
         self.work, self.memory = 0.0, 0
+        self.draining = False
+
+    async def drain(self) -> None:
+        """Refuse all that comes, and return when nothing is in flight."""
+        self.draining = True
+        while self.in_flight:
+            await asyncio.sleep(0.1)
 
     @contextmanager
     def admit(self, client: Client | None, edits: int, load: Load) -> Iterator[None]:
         """Hold capacity for a request while the block runs, and charge it to the client's key.
 
         Raises `RefusedError`: 400 for a request that can never be admitted, 429 when the server is
-        full or the key is over its limits. A refused request is not charged.
+        full or the key is over its limits, 503 when the service ends. A refused request is not
+        charged.
         """
+        if self.draining:
+            raise RefusedError("the service is ending: retry later", 503, retry_after=5)
         self._check_possible(client, load)
         self._check_room(client, load)
         if client is not None:

@@ -6,17 +6,21 @@ Clients need a key from --keys, unless --open restricts the service to this mach
 """
 
 import asyncio
+import errno
 import hashlib
 import ipaddress
+import os
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import ray
 from pyarrow.fs import FileSelector, FileType
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import CliImplicitFlag
 from ray import serve
 from ray.serve import Application
@@ -31,7 +35,8 @@ from ip2p.errors import UserError
 from ip2p.recipe import Recipe, locate
 from ip2p.workspace import Workspace
 from runtime.connect import connect, uses_gpu
-from runtime.exit import exit_statuses
+from runtime.exit import TerminatedError, exit_statuses
+from serve import proxy
 from serve.api import make_api
 from serve.batcher import Batcher, Job
 from serve.engine_client import Description, EditProgress, EditResult
@@ -39,6 +44,7 @@ from serve.feedback import SECRET_BYTES, workspace_secret
 from serve.gateway import open_gateway
 from serve.keys import Clients, Key, read_keys
 
+NAME = "ip2p"
 LONGEST_EDIT = 120  # seconds that a stopping replica has to finish its edits
 REQUESTS = 4096  # at an ingress: far more than edits, so that it can reject the excess itself
 
@@ -73,6 +79,10 @@ class EditIngress:
 
     def __serve_build_asgi_app__(self):
         return make_api(self.gateway, self.clients)
+
+    async def drain(self) -> None:
+        """Refuse new edits, and return when none is in flight."""
+        await self.gateway.admission.drain()
 
 
 @serve.deployment(
@@ -164,10 +174,29 @@ class EditService:
 
 
 class Flags(BaseModel):
-    host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 for all")
+    host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 for all, with TLS")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen at")
     keys: str | None = Field(default=None, description="file of the clients' keys; python -m serve.keys makes one")
     open: CliImplicitFlag[bool] = Field(default=False, description="require no keys, and serve this machine only")
+    tls_cert: str | None = Field(default=None, description="PEM file of the certificate: serve HTTPS")
+    tls_key: str | None = Field(default=None, description="PEM file of the certificate's key")
+    behind_tls: CliImplicitFlag[bool] = Field(
+        default=False, description="a proxy in front ends TLS, so plain HTTP may leave this machine"
+    )
+
+    @model_validator(mode="after")
+    def _protected(self) -> Self:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("--tls_cert and --tls_key belong together: give both")
+        for flag, path in (("--tls_cert", self.tls_cert), ("--tls_key", self.tls_key)):
+            if path and not os.access(path, os.R_OK):
+                raise ValueError(f"{flag} {path}: no such file, or not readable")
+        if not (is_loopback(self.host) or self.tls_cert or self.behind_tls):
+            raise ValueError(
+                f"--host {self.host}: keys and pictures would cross the network unencrypted; give --tls_cert and "
+                "--tls_key, or --behind_tls if a proxy in front ends TLS (cluster/nginx has one)"
+            )
+        return self
 
 
 class ApplicationArgs(BaseModel):
@@ -274,31 +303,82 @@ def start(
     port: int,
     keys: list[Key] | None = None,
     keys_file: str | None = None,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
 ) -> None:
     """Deploy the endpoint, or a change to it, and return when it is ready.
 
     It runs on the cluster of RAY_ADDRESS, else on a local Ray.
     Without keys the service is open, and `host` must be a loopback address. Raises `UserError`.
     """
-    if keys is None and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
-        raise UserError(f"--open serves this machine only; use --host 127.0.0.1 instead of {host}, or pass --keys")
+    if keys is None:
+        check_open(host)
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        check_port(host, port)
+        proxy.install()
     connect()
     deployed = application(recipe, workspace, keys, engine_resources(recipe), absolute(keys_file))
-    serve.start(http_options=HTTPOptions(host=host, port=port))
-    serve.run(deployed, name="ip2p", route_prefix="/")
+    serve.start(http_options=HTTPOptions(host=host, port=port, ssl_certfile=tls_cert, ssl_keyfile=tls_key))
+    serve.run(deployed, name=NAME, route_prefix="/")
+
+
+def check_open(host: str) -> None:
+    """Raises `UserError` if others than this machine could use an endpoint without keys."""
+    if not is_loopback(host):
+        raise UserError(f"--open serves this machine only; use --host 127.0.0.1 instead of {host}, or pass --keys")
+    if "*" in os.environ.get("FORWARDED_ALLOW_IPS", ""):
+        raise UserError(
+            "FORWARDED_ALLOW_IPS=* lets anybody claim to be this machine by a header; unset it, or pass --keys"
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises `UserError` if another process listens at the port.
+
+    Ray's proxies share ports (SO_REUSEPORT), so two services would each get half of the requests.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do no harm
+        try:
+            probe.bind(address)
+            probe.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(f"port {port} is in use; stop its service, or choose another --port") from error
+            raise UserError(f"--host {host} --port {port}: {error.strerror}; choose others") from error
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def drain() -> None:
+    """Refuse new edits, wait for those in flight, and end the service."""
+    ingress = serve.get_app_handle(NAME)
+    try:
+        ingress.broadcast("drain").results(timeout_s=LONGEST_EDIT + 30)
+    finally:
+        serve.shutdown()
 
 
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", extra=Flags, argv=argv, needs=())
     with exit_statuses():
-        start(recipe, workspace, flags.host, flags.port, None if flags.open else read_keys(flags.keys), flags.keys)
+        keys = None if flags.open else read_keys(flags.keys)
+        start(recipe, workspace, flags.host, flags.port, keys, flags.keys, flags.tls_cert, flags.tls_key)
         version = recipe.serve.version or available(workspace)[0]
-        print(f"serving the {version} editor at http://{flags.host}:{flags.port}/  (Ctrl-C ends)", flush=True)
+        scheme = "https" if flags.tls_cert else "http"
+        print(f"serving the {version} editor at {scheme}://{flags.host}:{flags.port}/  (Ctrl-C ends)", flush=True)
         try:
             while True:
                 time.sleep(3600)
-        except KeyboardInterrupt:
-            serve.shutdown()
+        except (KeyboardInterrupt, TerminatedError):
+            print("ending: edits in flight are finished first  (Ctrl-C again ends at once)", flush=True)
+            drain()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from ip2p.recipe import ClipRef, GrammarCaptions, ModelRef, Models, Pairs, Recipe, Sharing, Thresholds
 from runtime.connect import connect
+from serve import proxy
 from tests import tiny
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -62,7 +63,8 @@ def smallest(tiny_sd, tiny_clip) -> Recipe:
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """The Ray that a job starts on this machine."""
+    """The Ray that a job or the endpoint starts on this machine."""
+    proxy.install()
     connect()
     yield
     ray.shutdown()

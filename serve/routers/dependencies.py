@@ -22,6 +22,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"model": ErrorResponse, "description": "the body or the file is too large"},
     415: {"model": ErrorResponse, "description": "the content type is wrong"},
     429: {"model": ErrorResponse, "description": "too many requests: retry after Retry-After seconds"},
+    503: {"model": ErrorResponse, "description": "the service is ending: retry after Retry-After seconds"},
 }
 
 

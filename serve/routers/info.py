@@ -31,6 +31,8 @@ async def healthz(gateway: CurrentGateway) -> Health:
 async def readyz(gateway: CurrentGateway) -> Health:
     """Answers once a model is loaded and warm, or when engines start on demand."""
     wakes = gateway.recipe.serve.replicas[0] == 0  # asking would wake an engine that scaled to zero
+    if gateway.admission.draining:
+        raise RefusedError("the service is ending", 503)
     if not wakes and not await gateway.engines.ready():
         raise RefusedError("no engine is warm yet: retry later", 503, retry_after=READY_WITHIN)
     return Health(model=gateway.engines.main_version)
@@ -77,7 +79,7 @@ def _model(gateway: Gateway, name: str) -> Model:
 @router.post(
     "/v1/feedback",
     status_code=204,
-    responses=REFUSALS | {409: {"model": ErrorResponse}, 503: {"model": ErrorResponse}},
+    responses=REFUSALS | {409: {"model": ErrorResponse}},
 )
 async def give_feedback(gateway: CurrentGateway, client: CurrentClient, given: Feedback) -> None:
     """Stores a person's opinion of an edit of the same key. It replaces an earlier one."""

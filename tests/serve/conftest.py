@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -36,7 +37,7 @@ def recipe(tiny_sd, tiny_editor):
             "editor": {"path": str(tiny_editor)},
         },
         sampling={"steps": 2, "max_side": 64},
-        serve={"batch_size": 4, "queue": 16, "upload_s": 2},
+        serve={"batch_size": 4, "queue": 16, "upload_s": 2, "ingresses": 1},
     )
 
 
@@ -79,3 +80,8 @@ def saved(picture: Image.Image, format: str, **options) -> bytes:
 
 def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))

@@ -23,7 +23,7 @@ from serve.app import start
 from serve.feedback import image_id
 from serve.schema import MAX_BODY_BYTES, MAX_IMAGE_BYTES
 from tests.serve import requests_of_fuzz as fuzz
-from tests.serve.conftest import TOKEN, make_key, replicas, saved, served
+from tests.serve.conftest import TOKEN, make_key, metric, replicas, saved, served
 
 PHOTO = data.chelsea()[:150, :201]
 PNG = images.encode(PHOTO)
@@ -81,11 +81,6 @@ def events(client: httpx.Client, content: dict) -> list[tuple[str, dict]]:
 
 def near(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and np.abs(one.astype(int) - other).max() <= 2
-
-
-def metric(client: httpx.Client, name: str) -> float:
-    lines = client.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
 def idle(client: httpx.Client) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -16,12 +17,13 @@ from PIL import Image
 
 from ip2p import images
 from ip2p.workspace import Workspace
-from tests.serve.conftest import TOKEN, make_key, noise, replicas, saved, served
+from tests.serve.conftest import TOKEN, make_key, metric, noise, replicas, saved, served
 
 CANARY = "a key of a client who minds their own business"
 HEADERS = {"authorization": f"Bearer {CANARY}"}
 PIXEL = images.encode(noise(8, 8, 3))
 SMALL = {"image": base64.b64encode(PIXEL).decode(), "edits": [{"instruction": "night"}]}
+WEBSOCKET = b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="
 STALL = 1.0  # seconds
 TRIES = 3  # other processes of the machine may stall a request, too
 MANY = {"edits_per_minute": 10**6, "concurrent_edits": 10**4}
@@ -195,6 +197,76 @@ def test_busy_service_stays_ready_and_serves_another_key_in_its_turn(address):
     assert ready == {200}
     assert (answer.status_code, set(statuses)) == (200, {200}), answer.text
     assert answered < max(ended), "the other key waited for all of them"
+
+
+def raw(address: str, request: bytes) -> bytes:
+    """Return the start of the answer to a request as it stands."""
+    with connect(address) as connection:
+        connection.sendall(request)
+        return connection.recv(4096)
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"x-request-id: \xff", 400),
+        (b"x-session-id: \xc3(", 400),
+        (b"x-request-timeout-seconds: \xff", 400),
+        (b"x-request-disconnect-disabled: \xff", 400),
+        (b"serve_multiplexed_model_id: \xff", 400),
+        (b"anything: \xf0\x28", 400),
+        (b"cookie: " + b"x" * 40_000, 431),
+        (b"\r\n".join(b"a%d: b" % k for k in range(200)), 431),
+        (b"x-request-timeout-seconds: nonsense", 200),
+        (b"x-request-disconnect-disabled: ?1", 200),
+        (
+            b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==",
+            403,
+        ),
+    ],
+)
+def test_headers_from_strangers_never_fail_in_rays_proxy(address, header, status):
+    answer = raw(address, b"GET /healthz HTTP/1.1\r\nhost: tests\r\n" + header + b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+
+
+def test_an_abandoned_edit_is_cancelled_whatever_its_headers_say(address):
+    """Ray lets a header switch that off, from anybody."""
+    body = json.dumps(SMALL | {"edits": [{"instruction": "night", "num_inference_steps": 100}] * 8}).encode()
+    head = (
+        f"POST /v1/edits HTTP/1.1\r\nhost: tests\r\nauthorization: Bearer {TOKEN}\r\ncontent-type: application/json\r\n"
+    )
+    head += f"x-request-disconnect-disabled: ?1\r\ncontent-length: {len(body)}\r\n\r\n"
+    with httpx.Client(base_url=address, timeout=60, headers=HEADERS) as client:
+        before = edits_made(client)
+        with connect(address) as connection:
+            connection.sendall(head.encode() + body)
+            wait_until(lambda: in_flight(client) == 8)
+        wait_until(lambda: in_flight(client) == 0)
+        made = edits_made(client)
+        time.sleep(1)
+        assert edits_made(client) == made < before + 8
+
+
+def in_flight(client: httpx.Client) -> float:
+    return metric(client, "ip2p_serve_edits_in_flight")
+
+
+def edits_made(client: httpx.Client) -> float:
+    return metric(client, "ip2p_serve_edits_total")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + seconds
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/openapi.json"])
+def test_head_is_answered(address, path):
+    answer = httpx.head(address + path, timeout=60)
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 def connect(address: str) -> socket.socket:

@@ -107,22 +107,23 @@ def test_kills_redeploys_and_downscaling_fail_no_request(recipe, versions, local
     assert not np.array_equal(truth["one"][0], truth["two"][0])
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    start(serving(recipe, version="one", replicas=(2, 2)), versions, "127.0.0.1", port, KEYS)
+    start(serving(recipe, version="one", replicas=(2, 2), ingresses=2), versions, "127.0.0.1", port, KEYS)
     try:
         clients = Clients(address, count=8)
         clients.start()
         clients.more(40)
-        for _ in range(3):
-            victim = random.choice(sorted(replicas("EditService")))
-            os.kill(victim, signal.SIGKILL)
+        for deployment in ("EditService", "EditIngress") * 2:
+            while len(replicas(deployment)) < 2:  # the one that replaces the last victim
+                time.sleep(0.5)
+            os.kill(random.choice(sorted(replicas(deployment))), signal.SIGKILL)
             clients.more(30)
-        while len(replicas("EditService")) < 2:
+        while len(replicas("EditService")) < 2 or len(replicas("EditIngress")) < 2:
             time.sleep(0.5)
         at = len(clients.answers)
-        start(serving(recipe, version="two", replicas=(2, 2)), versions, "127.0.0.1", port, KEYS)
+        start(serving(recipe, version="two", replicas=(2, 2), ingresses=2), versions, "127.0.0.1", port, KEYS)
         clients.more(40)
         redeployed = len(clients.answers)
-        start(serving(recipe, version="two", replicas=(1, 1)), versions, "127.0.0.1", port, KEYS)
+        start(serving(recipe, version="two", replicas=(1, 1), ingresses=2), versions, "127.0.0.1", port, KEYS)
         clients.more(40)
         clients.stop()
         retries = [
