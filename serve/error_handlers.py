@@ -14,6 +14,12 @@ from serve.errors import RefusedError
 from serve.schema import Edit, EditForm, EditsRequest, ErrorResponse, Feedback, Problem
 
 ERROR_TYPES = {401: "authentication_error", 403: "authentication_error", 429: "rate_limit_error"}
+SECURITY_HEADERS = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 SHOWN_FIELDS = 8  # wrong fields named in one message
 FIELDS = sorted({name for model in (EditForm, EditsRequest, Edit, Feedback) for name in model.model_fields})
 
@@ -22,6 +28,7 @@ def add_error_handlers(api: FastAPI) -> None:
     api.add_exception_handler(RefusedError, refused)  # pyright: ignore[reportArgumentType]
     api.add_exception_handler(RequestValidationError, invalid_fields)  # pyright: ignore[reportArgumentType]
     api.add_exception_handler(HTTPException, http_error)  # pyright: ignore[reportArgumentType]
+    api.add_exception_handler(Exception, internal_error)
 
 
 async def refused(_: Request, error: RefusedError) -> Response:
@@ -34,6 +41,12 @@ async def invalid_fields(_: Request, error: RequestValidationError) -> JSONRespo
     problems = [(_field(one["loc"]), _problem(one)) for one in error.errors()]
     message = "; ".join(f"{field}: {text}"[:300] for field, text in problems[:SHOWN_FIELDS])
     return _answer(Problem(message=message, param=problems[0][0]), 400)
+
+
+async def internal_error(_: Request, error: Exception) -> JSONResponse:
+    """Answer a bug of ours, whose traceback Starlette logs. The guard's headers are not added here."""
+    message = f"the service failed ({type(error).__name__}); the same request may fail again"
+    return _answer(Problem(message=message, type="server_error"), 500, SECURITY_HEADERS)
 
 
 async def http_error(request: Request, error: HTTPException) -> Response:

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.bodies import BODIES, BodyLimits, HeldBody, Uploads, check_json, replay
-from serve.error_handlers import refusal
+from serve.error_handlers import SECURITY_HEADERS, refusal
 from serve.errors import RefusedError
 from serve.keys import Client, Clients
 from serve.schema import MAX_BODY_BYTES
@@ -23,12 +23,6 @@ SHARE_OF_KEY = MAX_BUFFERED // 4
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 # A refusal of these is not charged. A late edit (408) has cost an engine its time.
 FREE = {400, 401, 403, 404, 405, 409, 413, 415, 429, 503}
-SECURITY_HEADERS = {
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-    "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
 
 
 class RequestGuard:

@@ -8,7 +8,8 @@ sets it when it starts a local Ray.
 - Ray obeys some headers whoever sends them, and fails on those that are not UTF-8. Strangers' ones
   are dropped or refused here.
 - Ray forwards a body without limit. Here it is bounded, of a request and of all.
-- When an ingress dies, Ray answers its requests with 500. Here they are sent to another ingress.
+- When an ingress dies, Ray answers its requests with 500. Here they are sent to another ingress,
+  unless the answer has started: an edit has its seed, and is charged where it is answered.
 """
 
 import asyncio
@@ -73,11 +74,13 @@ class ProxyGuard:
 
     async def _answer(self, scope: Scope, body: "_Body", send: Send) -> None:
         for pause in (*PAUSES, None):
-            answer = _Answer(send, body, last=pause is None)
+            answer = _Answer(send, body)
             await self.app(scope, body.replayed(), answer.send)
-            if not answer.lost or pause is None:
+            if answer.started or body.abandoned:
                 return
-            await asyncio.sleep(pause)
+            if pause is not None:
+                await asyncio.sleep(pause)
+        await refuse(503, "no part of the service could answer: retry later", send)
 
 
 class _Body:
@@ -89,6 +92,7 @@ class _Body:
         self._size = 0  # of the whole body so far
         self._held = 0
         self._kept = True
+        self.abandoned = False  # by the client
 
     def replayed(self) -> Receive:
         at = 0
@@ -112,6 +116,7 @@ class _Body:
         while self._guard.held > MAX_HELD:
             await asyncio.sleep(0.05)
         message = await self._receive()
+        self.abandoned |= message["type"] == "http.disconnect"
         size = len(message.get("body", b""))
         self._size += size
         self._guard.held += size
@@ -126,19 +131,23 @@ class _Body:
 
 
 class _Answer:
-    """Passes an answer on, unless it is Ray's own that the ingress was lost. lost: it was."""
+    """Passes the application's answer on.
 
-    def __init__(self, send: Send, body: _Body, last: bool):
-        self._send, self._body, self._last = send, body, last
-        self.lost = False
+    Of a lost ingress Ray's proxy answers nothing (upon which its server says 500), or 503. started:
+    an answer of the application is on its way.
+    """
+
+    def __init__(self, send: Send, body: _Body):
+        self._send, self._body = send, body
+        self.started = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             of_application = any(name.lower() == OF_APPLICATION for name, _ in message.get("headers", []))
-            self.lost = message["status"] >= 500 and not of_application
-            if not self.lost or self._last:
+            if message["status"] < 500 or of_application:
+                self.started = True
                 self._body.forget()
-        if not self.lost or self._last:
+        if self.started:
             await self._send(message)
 
 

@@ -277,6 +277,16 @@ def test_a_model_is_described_by_its_name(client):
     assert client.get("/v1/models/nothing", headers=AUTHORIZED).status_code == 404
 
 
+def test_a_bug_is_answered_as_ours_and_tells_nothing(monkeypatch):
+    client = make_client()
+    monkeypatch.setattr("serve.routers.info._model", lambda *_: 1 / 0)
+    client = TestClient(client.app, "http://localhost", client=("127.0.0.1", 1), raise_server_exceptions=False)
+    answer = client.get("/v1/models", headers=AUTHORIZED)
+    assert (answer.status_code, answer.headers["x-content-type-options"]) == (500, "nosniff")
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "division" not in answer.text
+
+
 def find_guard(client: TestClient) -> RequestGuard:
     """Return the guard in the stack of middleware, which the first request builds."""
     client.get("/healthz")

@@ -23,7 +23,7 @@ CANARY = "a key of a client who minds their own business"
 HEADERS = {"authorization": f"Bearer {CANARY}"}
 PIXEL = images.encode(noise(8, 8, 3))
 SMALL = {"image": base64.b64encode(PIXEL).decode(), "edits": [{"instruction": "night"}]}
-WEBSOCKET = b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="
+WEBSOCKET_KEY = b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="
 STALL = 1.0  # seconds
 TRIES = 3  # other processes of the machine may stall a request, too
 MANY = {"edits_per_minute": 10**6, "concurrent_edits": 10**4}
@@ -220,7 +220,7 @@ def raw(address: str, request: bytes) -> bytes:
         (b"x-request-timeout-seconds: nonsense", 200),
         (b"x-request-disconnect-disabled: ?1", 200),
         (
-            b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==",
+            b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\n" + WEBSOCKET_KEY,
             403,
         ),
     ],

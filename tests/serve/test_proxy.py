@@ -1,6 +1,7 @@
 """The middleware in Ray's proxies; no Ray. On real proxies it is tested in test_hostile.py and test_load.py."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -12,7 +13,10 @@ OURS = [(OF_APPLICATION, b"nosniff")]
 
 
 class Application:
-    """An application that reads the body and answers with the statuses in turn. Ray's own have no header of ours."""
+    """An application that reads the body and answers with the statuses in turn.
+
+    Those of Ray have no header of ours, and for 500 it sends nothing.
+    """
 
     def __init__(self, *statuses: int, of_ray: set[int] = frozenset({500, 503}), reads: bool = True):
         self.statuses, self.of_ray, self.reads = list(statuses), of_ray, reads
@@ -28,6 +32,8 @@ class Application:
             more = message.get("more_body", False)
         self.bodies.append(body)
         status = self.statuses.pop(0)
+        if status == 500 and status in self.of_ray:  # upon which uvicorn would answer
+            return
         await send({"type": "http.response.start", "status": status, "headers": [] if status in self.of_ray else OURS})
         await send({"type": "http.response.body", "body": b"%d" % status})
 
@@ -88,10 +94,33 @@ def test_a_body_that_was_replayed_in_part_is_read_to_its_end(hurried):
     assert application.bodies == [b"abc", b"bc"]
 
 
-def test_the_last_failure_is_answered(hurried):
-    application = Application(500, 500, 500, 503)
-    assert ask(application, b"a")[:2] == (503, b"503")
+def test_a_service_that_stays_lost_is_said_to_be(hurried):
+    application = Application(500, 503, 500, 500)
+    status, body, _ = ask(application, b"a")
+    assert status == 503
+    assert "retry later" in json.loads(body)["error"]["message"]
     assert len(application.bodies) == 4
+
+
+def test_a_bug_of_the_application_is_not_retried(hurried):
+    application = Application(500, of_ray=set())
+    assert ask(application, b"a")[0] == 500
+    assert len(application.bodies) == 1
+
+
+def test_a_client_that_left_gets_no_retry(hurried):
+    calls = 0
+
+    async def application(scope, receive, send) -> None:
+        nonlocal calls
+        calls += 1
+        await receive()
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    asyncio.run(ProxyGuard(application)({"type": "http", "headers": []}, receive, None))
+    assert calls == 1
 
 
 @pytest.mark.parametrize(
