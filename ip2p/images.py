@@ -6,11 +6,13 @@ as leniently as can be; `inspect` is for a service, which refuses what it would 
 """
 
 import io
+import re
 import struct
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from ip2p.errors import UserError
@@ -20,12 +22,30 @@ MAX_PIXELS = 64_000_000
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")
 UPLOADS = ("PNG", "JPEG", "WEBP", "MPO")
-# Marks in the tail of a JPEG: a file that is two things at once.
+# Beginnings of a tail that make a file two things at once.
 FOREIGN = {
     "an archive": (b"pk\x03\x04", b"pk\x05\x06", b"rar!\x1a", b"7z\xbc\xaf\x27\x1c"),
     "a document": (b"%pdf-",),
     "a web page or a script": (b"<script", b"<html", b"<!doctype", b"<?php", b"#!/"),
-    "a program": (b"\x7felf\x02", b"this program cannot be run"),
+    "a program": (b"\x7felf", b"mz\x90\x00"),
+}
+BLANK = b"\x00 \t\r\n"  # what transfers and editors leave behind a file
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Chunks of a PNG that the picture depends on. Others may be damaged, or unpack to gigabytes.
+PNG_PICTURE = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf"}
+# In the data of a JPEG, 0xff is followed by 0 or a restart marker; then by a marker that ends it.
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+JPEG_END = b"\xff\xd9"
+MAX_SEGMENTS = 100_000
+ORIENTATION = 0x0112  # of EXIF
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 WHITE = 255.0
 
@@ -135,11 +155,11 @@ def fit(image: np.ndarray, max_side: int, multiple: int) -> np.ndarray:
 
 
 def _header(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
-    """Opened, not decoded."""
+    """Return the picture, opened and not decoded."""
     if not data:
         raise UserError("the image is empty (0 bytes): send the bytes of a PNG, JPEG or WebP file")
     try:
-        picture = Image.open(io.BytesIO(data), formats=formats)
+        picture = _opened(data, formats)
     except Image.DecompressionBombError as error:
         raise UserError(f"the image has more than {max_pixels} pixels: send a smaller version of it") from error
     except Exception as error:  # whatever a decoder makes of hostile bytes
@@ -152,29 +172,121 @@ def _header(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Ima
     return picture
 
 
+def _opened(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except Exception:
+        if not data.startswith(PNG_SIGNATURE):
+            raise
+        return Image.open(io.BytesIO(_png_of_picture(data)), formats=formats)
+
+
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The first frame, decoded and upright, 8 bits a channel in whatever colour space it has."""
+    """Return the first frame, decoded and upright, 8 bits a channel in the colour space that it has."""
     picture = _header(data, max_pixels, FORMATS)
     try:
         picture.load()
-        upright = ImageOps.exif_transpose(picture)
     except Exception as error:
-        raise UserError(f"the image is damaged or cut short ({error}): send the whole file again") from error
-    return _eight_bits(upright) if upright.mode.startswith(("I", "F")) else upright
+        picture = _loaded_again(data, picture)
+        if picture is None:
+            raise UserError(f"the image is damaged or cut short ({error}): send the whole file again") from error
+    profile = picture.info.get("icc_profile")
+    orientation = _orientation(picture)
+    turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    upright = picture if turn is None else picture.transpose(turn)
+    if not upright.mode.startswith(("I", "F")):
+        return upright
+    eight_bits = _eight_bits(upright)
+    eight_bits.info["icc_profile"] = profile
+    return eight_bits
+
+
+def _orientation(picture: Image.Image) -> Any:
+    """Return the orientation in the EXIF, 1 (upright) where that can't be read: no pixel depends on the rest."""
+    try:
+        return picture.getexif().get(ORIENTATION, 1)
+    except Exception:
+        return 1
+
+
+def _loaded_again(data: bytes, picture: Image.Image) -> Image.Image | None:
+    """Return a picture that only lacks what no pixel depends on, decoded; None for any other."""
+    if picture.format == "PNG":
+        candidate = _png_of_picture(data)
+    elif picture.format in ("JPEG", "MPO") and JPEG_END not in data[-2:] and _has_all_rows(data):
+        candidate = data + JPEG_END
+    else:
+        return None
+    try:
+        again = Image.open(io.BytesIO(candidate), formats=FORMATS)
+        again.load()
+    except Exception:
+        return None
+    return again
+
+
+def _has_all_rows(data: bytes) -> bool:
+    """Return whether a JPEG without an end marker has the data of all its pixels.
+
+    A decoder ignores what follows the last of them, and takes it for pixels otherwise.
+    """
+    try:
+        one, other = (np.asarray(Image.open(io.BytesIO(data + more + JPEG_END))) for more in (b"", b"\x55" * 4096))
+    except Exception:
+        return False
+    return np.array_equal(one, other)
 
 
 def _goes_on(data: bytes, format: str) -> str:
-    """What follows the end of the image; "" where nothing does, or what cameras append to a JPEG."""
+    """Return what follows the end of the image; "" for nothing, blanks, or what cameras append to a JPEG."""
     if format == "WEBP":
-        end = 8 + struct.unpack("<I", data[4:8])[0]
+        size = struct.unpack("<I", data[4:8])[0]
+        tail = data[8 + size + size % 2 :]
     elif format == "PNG":
-        end = data.rfind(b"IEND") + 8 if b"IEND" in data else len(data)
+        tail = data[_png_chunks(data)[1] :]
     else:
-        # Phones append films and notes to their JPEGs; what another program would run or unpack is another thing.
-        tail = data[data.find(b"\xff\xd9") + 2 :].lower()
-        return next((name for name, marks in FOREIGN.items() if any(mark in tail for mark in marks)), "")
-    rest = len(data) - end - (end % 2 if format == "WEBP" else 0)
-    return f"{rest} bytes" if rest > 0 else ""
+        tail = data[_jpeg_end(data) :]
+    tail = tail.lstrip(BLANK)
+    start = tail[:16].lower()
+    foreign = next((name for name, marks in FOREIGN.items() if start.startswith(marks)), "")
+    if foreign or format not in ("WEBP", "PNG"):
+        return foreign
+    return f"{len(tail)} bytes" if tail else ""
+
+
+def _png_chunks(data: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
+    """Return the chunks of a PNG, (type, the whole chunk), and where they end."""
+    chunks, at = [], len(PNG_SIGNATURE)
+    while at + 12 <= len(data) and len(chunks) < MAX_SEGMENTS:
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        chunks.append((kind, data[at : at + 12 + length]))
+        at += 12 + length
+        if kind == b"IEND":
+            return chunks, at
+    return chunks, len(data)
+
+
+def _png_of_picture(data: bytes) -> bytes:
+    """Return a PNG without the chunks that no pixel depends on."""
+    return PNG_SIGNATURE + b"".join(chunk for kind, chunk in _png_chunks(data)[0] if kind in PNG_PICTURE)
+
+
+def _jpeg_end(data: bytes) -> int:
+    """Return where the first picture of a JPEG ends, by its segments; the end of the data if it has no end.
+
+    A thumbnail in the EXIF has an end marker of its own, inside of a segment.
+    """
+    at = 2
+    for _ in range(MAX_SEGMENTS):
+        marker = JPEG_MARKER.search(data, at)
+        if marker is None:
+            break
+        if marker.group() == JPEG_END:
+            return marker.end()
+        at = marker.end()
+        if marker.group()[1] not in (0x01, 0xD8):  # markers without a segment
+            at += int.from_bytes(data[at : at + 2], "big")
+    return len(data)
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -186,19 +298,23 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _alpha(picture: Image.Image) -> np.ndarray:
-    return np.array(picture.convert("RGBA"))[..., 3]
+    return np.array(picture.convert("RGBA").getchannel("A"))
 
 
 def _srgb(picture: Image.Image) -> Image.Image:
-    """RGB without transparency, turned into sRGB where the picture brings another colour profile."""
-    if picture.mode not in ("RGB", "CMYK"):
-        # By way of RGBA, where there is transparency: a palette's transparent entry has a colour, too.
-        return picture.convert("RGBA").convert("RGB") if picture.has_transparency_data else picture.convert("RGB")
+    """Return RGB without transparency, turned into sRGB where the picture brings another colour profile."""
     profile = picture.info.get("icc_profile")
+    if picture.mode != "CMYK":
+        # By way of RGBA, where there is transparency: a palette's transparent entry has a colour, too.
+        opaque = picture.convert("RGBA").convert("RGB") if picture.has_transparency_data else picture
+        grey = opaque.mode in ("1", "L", "LA", "La")
+        picture = opaque.convert("L" if grey and profile else "RGB")
     if not profile or b"sRGB" in profile:
         return picture.convert("RGB")
     try:
         source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        if picture.mode == "RGB" and cast(Any, source.profile).xcolor_space.strip() == "GRAY":
+            picture = picture.convert("L")  # a grey picture with transparency
         return ImageCms.profileToProfile(picture, source, target, outputMode="RGB") or picture.convert("RGB")
     except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for other channels: the pixels are as good
         return picture.convert("RGB")

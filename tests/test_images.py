@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import skimage
 import torch
-from PIL import Image, ImageCms
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageOps
 
 from ip2p import images
+from ip2p.errors import UserError
 
 PHOTOS = Path(skimage.__file__).parent / "data"
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -280,3 +283,142 @@ def test_rgb_and_opacity_come_from_one_decoding():
     assert np.array_equal(alpha, image[..., 3])
     assert (rgb[alpha == 0] == 255).all()
     assert np.array_equal(rgb[alpha == 255], image[..., :3][alpha == 255])
+
+
+# ---- files of cameras, editors and downloads
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return b"\xff" + bytes([marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def photo(*segments: bytes, **options) -> bytes:
+    """A JPEG with further segments behind its first marker."""
+    data = save(Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 56, 3), np.uint8)), "JPEG", **options)
+    return data[:2] + b"".join(segments) + data[2:]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_with(*chunks: bytes, picture: Image.Image = GREY) -> bytes:
+    data = save(picture, "PNG")
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+THUMBNAIL = segment(0xE1, b"Exif\0\0" + save(GREY, "JPEG"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        photo(THUMBNAIL, segment(0xFE, b"#!/bin/sh <html> %PDF-1.7 PK\x03\x04")),
+        photo(THUMBNAIL, segment(0xE2, b"PK\x03\x04" * 999), progressive=True),
+        photo(segment(0xE1, b"\xff\xd9<script>")),
+        photo(THUMBNAIL) + b"\0" * 999,
+        photo(THUMBNAIL) + photo(THUMBNAIL) + b"#!/",
+        photo() + b"vendor notes <script> #!/ PK\x03\x04",
+        b"\xff\xd8" + b"\xff" * 99 + photo()[3:],
+        save(GREY, "PNG") + b"\n",
+        save(GREY, "PNG") + b"\r\n \0\0",
+        save(GREY, "PNG") + bytes(4096),
+        save(GREY, "WEBP") + b"\n\0",
+    ],
+)
+def test_what_cameras_and_transfers_append_is_ignored(data):
+    images.inspect(data, 10_000)
+    assert images.decode(data).ndim == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (photo(THUMBNAIL) + b"#!/bin/sh", "script"),
+        (photo(THUMBNAIL) + b"\n\0 PK\x03\x04", "archive"),
+        (photo(progressive=True) + b"<!DOCTYPE html>", "web page"),
+        (photo() + b"MZ\x90\0", "program"),
+        (save(GREY, "PNG") + b"PK\x03\x04" + chunk(b"IEND", b""), "archive"),
+        (png_with(chunk(b"tEXt", b"a\0IEND\xaeB`\x82")) + b"\n%PDF-1.7", "document"),
+        (save(GREY, "WEBP") + b"\0\x7fELF", "program"),
+    ],
+)
+def test_what_begins_another_file_behind_the_image_is_refused(data, message):
+    with pytest.raises(UserError, match=message):
+        images.inspect(data, 10_000)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_picture_is_turned_as_its_exif_says(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)), format, exif=exif)
+    with Image.open(io.BytesIO(data)) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    assert np.array_equal(images.decode(data), expected)
+
+
+@given(st.binary(max_size=60), st.sampled_from([b"", b"II*\0", b"MM\0*", b"MM\0*\0\0\0\x08", b"II*\0\x08\0\0\0"]))
+def test_damaged_exif_harms_no_pixel(content, head):
+    assert images.decode(png_with(chunk(b"eXIf", head + content))).size == 3 * GREY.width * GREY.height
+    assert images.decode(photo(segment(0xE1, b"Exif\0\0" + head + content))).size == 40 * 56 * 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 * 2**20))),
+        chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(2 * 2**20))),
+        chunk(b"tEXt", bytes(2 * 2**20)),
+        chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(80 * 2**20))),
+        chunk(b"tEXt", b"no separator"),
+        chunk(b"gAMA", b""),
+        chunk(b"cHRM", b"x"),
+        chunk(b"pHYs", b""),
+        chunk(b"acTL", b"\0"),
+    ],
+)
+def test_damaged_and_huge_notes_of_a_png_harm_no_pixel(damage):
+    data = png_with(damage)
+    images.inspect(data, 10_000)
+    assert np.array_equal(images.decode(data), images.decode(save(GREY, "PNG")))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100, "subsampling": 0}])
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(options):
+    data = photo(**options)
+    assert np.array_equal(images.decode(data[:-2]), images.decode(data))
+    for cut in (len(data) // 2, len(data) - 60):
+        with pytest.raises(UserError, match="cut short"):
+            images.decode(data[:cut])
+
+
+def display_p3() -> bytes:
+    """The profile of a display with wider primaries than sRGB."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    wide = bytearray(profile.replace(b"sRGB", b"wide"))
+    tags = {bytes(wide[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(wide[128:132], "big"), 12)}
+    for name, scale in ((b"rXYZ", 1.15), (b"gXYZ", 0.9)):
+        at = int.from_bytes(wide[tags[name] + 4 : tags[name] + 8], "big") + 8
+        wide[at : at + 4] = int(int.from_bytes(wide[at : at + 4], "big") * scale).to_bytes(4, "big")
+    return bytes(wide)
+
+
+def test_a_colour_profile_is_applied_whatever_the_mode():
+    profile, colour = display_p3(), Image.new("RGB", (8, 8), (250, 90, 40))
+    expected = images.decode(save(colour, "PNG", icc_profile=profile))
+    assert not np.array_equal(expected, np.asarray(colour)), "the profile changes nothing"
+    for mode in ("RGBA", "P"):
+        assert (
+            np.abs(images.decode(save(colour.convert(mode), "PNG", icc_profile=profile)).astype(int) - expected).max()
+            <= 2
+        )
+    transparent = colour.convert("RGBA")
+    transparent.putalpha(255)
+    transparent.putpixel((0, 0), (250, 90, 40, 0))
+    rgb, alpha = images.decode_with_alpha(save(transparent, "PNG", icc_profile=profile))
+    assert np.array_equal(rgb[1:], expected[1:]) and rgb[0, 0].tolist() == [255] * 3
+    assert alpha is not None and alpha[0, 0] == 0
+    for mode in ("L", "LA", "1"):  # a profile for other channels is left out
+        assert images.decode(save(GREY.convert(mode), "PNG", icc_profile=profile)).shape == (*GREY.size[::-1], 3)
