@@ -146,7 +146,7 @@ def loop_rate(recipe: Recipe, flags: Flags, rows: list[dict[str, Any]], ahead: b
     clock = StepClock(every)
     if ahead:
         path = {"path": "dataset/train/part.parquet"}
-        latents = PairEncoder(recipe)(pa.Table.from_pylist([row | path for row in rows]))
+        latents = PairEncoder(recipe, {path["path"]: "train"})(pa.Table.from_pylist([row | path for row in rows]))
         folder = Path(tempfile.mkdtemp())
         pq.write_table(latents, folder / "latents.parquet")
         write_local_cache(LocalFileSystem(), [str(folder / "latents.parquet")], "train", folder / "train")

@@ -26,7 +26,15 @@ from ip2p.models import TextToImage, load_text_to_image
 from ip2p.recipe import Recipe, locate
 from ip2p.stage import Stage, fingerprint, short_digest
 from ip2p.train.checkpoint import BrokenCheckpointError, load, save
-from ip2p.train.dataset import columns, content, dataset_files, share_of_train, trained_pairs, validation_rows
+from ip2p.train.dataset import (
+    columns,
+    content,
+    dataset_files,
+    share_of_train,
+    split_by_name,
+    trained_pairs,
+    validation_rows,
+)
 from ip2p.train.encode import SPLITS, PairEncoder
 from ip2p.train.export import export
 from ip2p.train.latents import LatentPairs, write_local_cache
@@ -99,13 +107,14 @@ def encode(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> Non
     stage = Stage(workspace, "latents", recipe, also=also)
     if not stage.begin(overwrite and bool(stage.changes())):
         return
+    wanted = columns(source, paths)
     connect()
     print(f"train: encoding {len(paths)} files of {source.location} to latents/", flush=True)
     (
-        ray.data.read_parquet(paths, filesystem=source.fs, columns=columns(source, paths[0]), include_paths=True)
+        ray.data.read_parquet(paths, filesystem=source.fs, columns=wanted, include_paths=True, partitioning=None)
         .map_batches(
             PairEncoder,
-            fn_constructor_args=(recipe,),
+            fn_constructor_args=(recipe, {path: split_by_name(source, path) for path in paths}),
             batch_format="pyarrow",
             batch_size=ROWS_PER_ENCODING_BATCH,
             compute=ActorPoolStrategy(size=recipe.train.encode_replicas),
@@ -347,9 +356,8 @@ def write_model(
         "validation_loss": last["validation_loss"] and round(last["validation_loss"], 5),
     }
     source, paths = dataset_files(recipe, data)
-    example = (
-        pq.ParquetFile(source.fs.open_input_file(paths[0])).read(columns=["edit_prompt"])["edit_prompt"][0].as_py()
-    )
+    prompts = pq.ParquetFile(source.fs.open_input_file(paths[0])).read(columns=["edit_prompt"])["edit_prompt"]
+    example = next((prompt for prompt in prompts.to_pylist() if prompt), "make it night")
     with tempfile.TemporaryDirectory() as directory:
         export(load_base(recipe, "cpu"), state["ema"], recipe, counts, example, directory)
         workspace.fs.create_dir(workspace.path("model"), recursive=True)

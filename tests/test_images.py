@@ -410,10 +410,7 @@ def test_a_colour_profile_is_applied_whatever_the_mode():
     expected = images.decode(save(colour, "PNG", icc_profile=profile))
     assert not np.array_equal(expected, np.asarray(colour)), "the profile changes nothing"
     for picture in (colour.convert("RGBA"), colour.quantize(4)):
-        assert (
-            np.abs(images.decode(save(picture, "PNG", icc_profile=profile)).astype(int) - expected).max()
-            <= 2
-        )
+        assert np.abs(images.decode(save(picture, "PNG", icc_profile=profile)).astype(int) - expected).max() <= 2
     transparent = colour.convert("RGBA")
     transparent.putalpha(255)
     transparent.putpixel((0, 0), (250, 90, 40, 0))

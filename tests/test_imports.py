@@ -16,6 +16,7 @@ LAYERS = {
     "records": 1,
     "images": 1,
     "workspace": 1,
+    "files": 1,
     "models": 2,
     "stage": 2,
     "clip_similarity": 2,

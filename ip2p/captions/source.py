@@ -1,22 +1,27 @@
 """Where captions come from: parquet, JSONL or CSV, local or in a bucket, or a dataset of the hub. All are streamed."""
 
+import csv
 import io
 import json
+import math
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
-import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 
 from ip2p.errors import UserError
+from ip2p.files import check_no_pointer, is_beside_data
 from ip2p.recipe import FileCaptions, HubCaptions, locate
 from ip2p.workspace import Workspace
 
 ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 ROWS_PER_BATCH = 10_000
-CSV_BLOCK = 2**24  # bytes; a row must fit into one
+LONGEST_FIELD = 2**24  # letters of a CSV field
+ROWS_WITHOUT = 1000  # first rows of a JSONL file that may all lack the column
 
 
 def file_captions(captions: FileCaptions) -> Iterator[str]:
@@ -28,7 +33,7 @@ def file_captions(captions: FileCaptions) -> Iterator[str]:
     """
     source = Workspace(captions.path)
     files = list_files(source)
-    read = {"parquet": _arrow_captions, "csv": _arrow_captions, "jsonl": _jsonl_captions}[_format(files[0])]
+    read = {"parquet": _parquet_captions, "csv": _csv_captions, "jsonl": _jsonl_captions}[_format(files[0])]
     every = (caption for file in files for caption in read(source, file, captions.column))
     return islice(every, captions.limit)
 
@@ -42,14 +47,14 @@ def source_bytes(captions: FileCaptions) -> int:
 def list_files(source: Workspace) -> list[str]:
     """Paths of the caption files in `source`, which is one itself or a folder of them; all of one format.
 
-    Names that begin with `_` or `.` are what other programs leave beside data, and are passed over.
+    What other programs leave beside data is passed over.
     """
     if not source.exists():
         raise UserError(f"captions.path: there is nothing at {source.location!r}")
     if source.fs.get_file_info(source.root).is_file:
         files = [source.root]
     else:
-        files = [file for file in source.files() if not file.rsplit("/", 1)[-1].startswith(("_", "."))]
+        files = [file for file in source.files() if not is_beside_data(file.removeprefix(f"{source.root}/"))]
     formats = {_format(file) for file in files}
     if len(formats) != 1 or "" in formats:
         odd = next((file for file in files if not _format(file)), None)
@@ -67,50 +72,99 @@ def _format(file: str) -> str:
     return "" if zipped and kind == "parquet" else kind
 
 
-def _arrow_captions(source: Workspace, file: str, column: str) -> Iterator[str]:
-    kind: Any = "parquet"
-    if _format(file) == "csv":
-        kind = pads.CsvFileFormat(
-            read_options=pacsv.ReadOptions(block_size=CSV_BLOCK),
-            parse_options=pacsv.ParseOptions(newlines_in_values=True),
-            # Or a column of numbers, or one caption in another encoding, would give the column another type.
-            convert_options=pacsv.ConvertOptions(column_types={column: pa.string()}, check_utf8=False),
-        )
+@contextmanager
+def _readable(source: Workspace, file: str) -> Iterator[None]:
+    """Raises `UserError` naming the file for what goes wrong in the block while it is read."""
+    check_no_pointer(source.fs, file, "captions.path")
     try:
-        table = pads.dataset(file, filesystem=source.fs, format=kind)
-        _check_column(column, table.schema.names, file)
-        held = table.schema.field(column).type
+        yield
+    except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"captions.path: {file} cannot be read ({error}): it is damaged or cut short; copy it again"
+        ) from error
+
+
+def _parquet_captions(source: Workspace, file: str, column: str) -> Iterator[str]:
+    with _readable(source, file), source.fs.open_input_file(file) as opened:
+        table = pq.ParquetFile(opened)
+        schema = table.schema_arrow
+        _check_column(column, schema.names, file)
+        held = schema.field(column).type
         text = held.value_type if pa.types.is_dictionary(held) else held
         if not (pa.types.is_string(text) or pa.types.is_large_string(text) or pa.types.is_string_view(text)):
             raise UserError(f"captions.column: {column!r} of {file} holds {held}, not text")
-        # As bytes: pyarrow does not look whether a parquet file's text is UTF-8, and fails on a whole batch.
-        raw = {column: pads.field(column).cast(pa.large_binary())}
-        for batch in table.to_batches(columns=raw, batch_size=ROWS_PER_BATCH):
-            yield from ((caption or b"").decode(errors="replace") for caption in batch[column].to_pylist())
-    except pa.ArrowInvalid as error:
-        raise UserError(f"captions.path: {file} cannot be read: {error}") from error
+        for batch in table.iter_batches(ROWS_PER_BATCH, columns=[column]):
+            # As bytes: pyarrow does not look whether a parquet file's text is UTF-8, and fails on a whole batch.
+            for caption in batch[column].cast(text).cast(pa.large_binary()).to_pylist():
+                yield (caption or b"").decode(errors="replace")
+
+
+@contextmanager
+def _lines(source: Workspace, file: str, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """The text of a file, unpacked if its name ends with .gz. What is no UTF-8 becomes U+FFFD."""
+    with _readable(source, file):
+        stream: Any = source.fs.open_input_stream(file)
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=newline) as lines:
+            yield lines
+
+
+def _csv_captions(source: Workspace, file: str, column: str) -> Iterator[str]:
+    # Not by pyarrow, which takes all that follows an unclosed quotation mark for one caption.
+    csv.field_size_limit(LONGEST_FIELD)
+    with _lines(source, file, newline="") as lines:
+        rows = csv.reader(lines, strict=True)
+        started = 0  # line of the row that is read
+        try:
+            header = next(rows, None)
+            if header is None:
+                raise UserError(f"captions.path: {file} is empty; its first line should name the columns")
+            _check_column(column, header, file)
+            if header.count(column) > 1:
+                raise UserError(
+                    f"captions.column: {file} has {header.count(column)} columns {column!r}; name one apart"
+                )
+            at, started = header.index(column), rows.line_num
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise UserError(
+                        f"captions.path: line {started + 1} of {file} has {len(row)} fields and the header "
+                        f'{len(header)}; put texts with commas into quotation marks: "a, b"'
+                    )
+                if row:
+                    yield row[at]
+                started = rows.line_num
+        except csv.Error as error:
+            raise UserError(
+                f"captions.path: {file} cannot be read from line {started + 1} on ({error}); "
+                'close its quotation marks, and write "" for one inside of a text'
+            ) from error
 
 
 def _jsonl_captions(source: Workspace, file: str, column: str) -> Iterator[str]:
     # Line by line, not by pyarrow, which fails on a whole file when a value in any column changes its type.
-    stream: Any = source.fs.open_input_stream(file)  # unpacks what ends with .gz
-    checked = False
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace") as lines:
+    names: dict[str, None] = {}
+    found, rows = False, 0
+    with _lines(source, file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"captions.path: line {number} of {file} is not JSON ({error}): one object a line, each in one line"
                 ) from error
             if not isinstance(row, dict):
                 raise UserError(f"captions.path: line {number} of {file} is not a JSON object")
-            if not checked:
-                _check_column(column, list(row), file)
-                checked = True
+            rows += 1
+            found |= column in row
+            if not found:
+                names |= dict.fromkeys(row)
+                if rows == ROWS_WITHOUT:
+                    break
             yield _text(row.get(column), column, f"line {number} of {file}")
+    if not found:
+        _check_column(column, list(names), file)
 
 
 def hub_captions(captions: HubCaptions) -> Iterator[str]:
@@ -145,8 +199,8 @@ def _check_column(column: str, names: list[str], place: str) -> None:
 
 
 def _text(value: Any, column: str, place: str) -> str:
-    if value is None:
-        return ""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""  # NaN is how tables of numbers write that a value is missing
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     if not isinstance(value, str):

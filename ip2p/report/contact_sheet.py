@@ -53,7 +53,7 @@ def shuffled_rows(workspace: Workspace) -> Iterator[Row]:
     files = [path for path in workspace.files("pairs") if path.endswith(".parquet")]
     for path in sorted(files, key=lambda path: digest("sheet", path.rpartition("/")[2])):
         try:
-            table = pq.read_table(path, filesystem=workspace.fs, columns=COLUMNS)
+            table = pq.ParquetFile(workspace.fs.open_input_file(path)).read(columns=COLUMNS)
         except pa.ArrowInvalid:  # no footer yet
             continue
         yield from sorted(table.to_pylist(), key=lambda row: digest("sheet", row["caption_id"]))

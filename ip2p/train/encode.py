@@ -4,6 +4,7 @@ One row per pair, with a list of *views* inside it: the pair as it is and, where
 """
 
 import re
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,8 @@ LATENTS = pa.schema(
 )
 
 SPLITS = ("train", "validation")
-REQUIRED = ("original_image", "edit_prompt", "edited_image")
+IMAGES, TEXTS = ("original_image", "edited_image"), ("edit_prompt",)
+REQUIRED = (*IMAGES, *TEXTS)
 WELCOME = ("original_prompt", "pair_id", "caption_id")  # made up where they are missing
 
 _SIDE = re.compile(r"\b(left|right|west|east)(ern|most|hand|ward|wards|side)?\b|\b(anti|counter)?-?clockwise\b", re.I)
@@ -84,26 +86,50 @@ def encode_pairs(model: TextToImage, pairs: list[list[np.ndarray]], flip: bool) 
     return model.encode_image(pixels[0::2], scaled=False), model.encode_image(pixels[1::2], scaled=True)
 
 
-class PairEncoder:
-    """Encodes batches of exported rows: `dataset.map_batches(PairEncoder, batch_format="pyarrow", ...)`."""
+def image_bytes(row: dict[str, Any], key: str) -> bytes:
+    """Return the file of a row's image, which stands there as bytes or as `datasets` writes it. Raises `UserError`."""
+    held = row[key]
+    if isinstance(held, dict):
+        if held["bytes"] is None and held.get("path"):
+            raise UserError(
+                f"{key} is only the path {held['path']!r}: write the dataset with its images inside, e.g. by "
+                "push_to_hub(embed_external_files=True)"
+            )
+        held = held["bytes"]
+    if not held:
+        raise UserError(f"{key} is missing")
+    return held
 
-    def __init__(self, recipe: Recipe) -> None:
+
+def _bytes(held: dict[str, Any] | bytes | None) -> bytes:
+    return (held["bytes"] if isinstance(held, dict) else held) or b""
+
+
+class PairEncoder:
+    """Encodes batches of exported rows: `dataset.map_batches(PairEncoder, batch_format="pyarrow", ...)`.
+
+    splits: of the files whose name tells it, by path; other rows are split by caption.
+    """
+
+    def __init__(self, recipe: Recipe, splits: dict[str, str | None]) -> None:
         base = recipe.train.base or recipe.models.text_to_image
         self.model = load_text_to_image(base, recipe.models.vae, recipe.device)
-        self.recipe, self.seed, self.dataset = recipe.train, recipe.seed, recipe.dataset
+        self.recipe, self.seed, self.dataset, self.splits = recipe.train, recipe.seed, recipe.dataset, splits
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of `records.DATASET`, or of the published one, with their file's `path` -> as many rows of `LATENTS`.
 
-        A broken image is a `failed` row with a reason. A file in a folder called train or validation belongs to it;
-        rows of others are split by caption, as `jobs.export_dataset` does.
+        A broken image or a missing text is a `failed` row with a reason. Rows of files whose name tells no split are
+        split by caption, as `jobs.export_dataset` does.
         """
         return pa.Table.from_pylist([self.encode_row(row) for row in batch.to_pylist()], schema=LATENTS)
 
     def encode_row(self, row: dict) -> dict:
         ids = self.ids(row)
         try:
-            pair = [images.decode(row[key]["bytes"]) for key in ("original_image", "edited_image")]
+            if not (row["edit_prompt"] or "").strip():
+                raise UserError("edit_prompt is missing")
+            pair = [images.decode(image_bytes(row, key)) for key in IMAGES]
         except UserError as error:
             return ids | {"status": "failed", "reason": str(error)}
         # Only the instruction reaches the model: a side named by a caption alone does not forbid the mirror.
@@ -120,12 +146,10 @@ class PairEncoder:
 
     def ids(self, row: dict) -> dict[str, str]:
         """pair_id, caption_id and split of a row; the published dataset has none."""
-        caption = row.get("caption_id") or caption_id(row.get("original_prompt") or row["edit_prompt"])
-        pair = (
-            row.get("pair_id") or f"{caption}-{digest(row['edit_prompt'], (row['edited_image']['bytes'] or b'').hex())}"
-        )
-        folder = row["path"].split("/")[-2]
-        split = folder if folder in SPLITS else split_of(caption, self.dataset.validation_fraction, 0)
+        prompt = row["edit_prompt"] or ""
+        caption = row.get("caption_id") or caption_id(row.get("original_prompt") or prompt)
+        pair = row.get("pair_id") or f"{caption}-{digest(prompt, _bytes(row['edited_image']).hex())}"
+        split = self.splits[row["path"]] or split_of(caption, self.dataset.validation_fraction, 0)
         return {"pair_id": pair, "caption_id": caption, "split": split}
 
     def views(self, pair: list[np.ndarray], pair_id: str) -> list[list[np.ndarray]]:

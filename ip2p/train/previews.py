@@ -10,14 +10,14 @@ from ip2p.edit.editor import Editor, EditRequest
 from ip2p.errors import UserError
 from ip2p.models import TextToImage
 from ip2p.recipe import Recipe
-from ip2p.train.encode import square
+from ip2p.train.encode import IMAGES, image_bytes, square
 
 
 def is_readable(row: dict[str, Any]) -> bool:
     """Whether both images of a dataset's row can be shown; training has counted and named those that can't."""
     try:
-        for key in ("original_image", "edited_image"):
-            images.decode(row[key]["bytes"])
+        for key in IMAGES:
+            images.decode(image_bytes(row, key))
     except UserError:
         return False
     return True
@@ -29,9 +29,7 @@ def contact_sheet(model: TextToImage, rows: Sequence[dict[str, Any]], recipe: Re
     The model is left as it is, also in how its attention is computed.
     """
     side, sampling = recipe.train.resolution, recipe.sampling
-    before, after = (
-        [square(images.decode(row[key]["bytes"]), side) for row in rows] for key in ("original_image", "edited_image")
-    )
+    before, after = ([square(images.decode(image_bytes(row, key)), side) for row in rows] for key in IMAGES)
     requests = [
         EditRequest(
             image=image,

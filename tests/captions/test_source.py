@@ -10,6 +10,7 @@ import pytest
 
 from ip2p.captions import source
 from ip2p.captions.source import file_captions, hub_captions
+from ip2p.errors import UserError
 from ip2p.recipe import FileCaptions, HubCaptions
 
 CAPTIONS = ["a dog", "", "12", "NA", 'a cat,\non a "mat" — 🙂', "a dog"]
@@ -120,7 +121,7 @@ def test_captions_are_read_as_they_are_asked_for(tmp_path, monkeypatch):
         (
             {"a.csv": "url,TEXT\nx,a dog, red\n"},
             "TEXT",
-            r"captions\.path: .*a\.csv cannot be read: .*Expected 2 columns",
+            r"captions\.path: line 2 of .*a\.csv has 3 fields and the header 2; put texts with commas",
         ),
         ({"a.parquet": "no parquet"}, "TEXT", r"captions\.path: .*a\.parquet cannot be read"),
     ],
@@ -156,3 +157,94 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_way_out(monkeypatch):
         list(hub_captions(HubCaptions(path="owner/captions")))
     with pytest.raises(ValueError, match=r"captions\.path: there is no directory 'nowhere'"):
         list(hub_captions(HubCaptions(path="nowhere")))
+
+
+def rows_of(tmp_path, name: str, content: str | bytes, column: str = "caption") -> list[str]:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(file_captions(FileCaptions(path=str(path), column=column)))
+
+
+@pytest.mark.parametrize(
+    ("csv", "line"),
+    [
+        ('id,caption\n1,a\n2,"tall vase\n3,b\n4,c\n', 3),
+        ('id,caption\n1,a\n2,"tall vase\n3,b\n4,the "best" cat\n5,c\n', 3),
+        ('caption\n"a" dog\n', 2),
+        ('caption\na\n\n"b\nb"\n"c', 6),
+        ("id,caption\n1,a\n2\n", 3),
+        ("id,caption\n1,a\n2,a dog, running\n", 3),
+    ],
+)
+def test_a_csv_that_would_lose_captions_is_refused_with_the_line(tmp_path, csv, line):
+    with pytest.raises(UserError, match=rf"captions\.path: .*line {line} "):
+        rows_of(tmp_path, "a.csv", csv)
+
+
+def test_a_csv_may_hold_quotation_marks_and_lines_as_csv_does(tmp_path):
+    csv = 'id,caption\r\n1,"a ""red"" dog, running"\r\n\r\n2,a 6" ruler\r\n3,"two\nlines"\r\n4,\r\n'
+    assert rows_of(tmp_path, "a.csv", csv) == ['a "red" dog, running', 'a 6" ruler', "two\nlines", ""]
+    assert rows_of(tmp_path, "b.csv", b"\xef\xbb\xbfcaption\ncaf\xe9\n") == ["caf\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("csv", "says"), [("", "is empty"), ("caption,caption\na,b\n", "2 columns"), ("a\tcaption\n", "is not in")]
+)
+def test_a_csv_without_one_such_column_is_refused(tmp_path, csv, says):
+    with pytest.raises(UserError, match=says):
+        rows_of(tmp_path, "a.csv", csv)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-40], lambda data: data[:200], lambda data: b"not packed" + data]
+)
+def test_damaged_compressed_text_is_refused_by_name(tmp_path, ending, damage):
+    lines = [f"a dog number {k * 7919 % 1000}" for k in range(2000)]
+    text = "\n".join(["caption", *lines] if ending == "csv" else [json.dumps({"caption": line}) for line in lines])
+    with pytest.raises(UserError, match=rf"captions\.path: .*a\.{ending}\.gz cannot be read .*copy it again"):
+        rows_of(tmp_path, f"a.{ending}.gz", damage(gzip.compress(text.encode())))
+
+
+def test_a_missing_number_is_a_missing_caption(tmp_path):
+    rows = '{"caption": "a"}\n{"caption": NaN}\n{"caption": Infinity}\n{"caption": null}\n{}\n{"caption": 7}\n'
+    assert rows_of(tmp_path, "a.jsonl", rows) == ["a", "", "", "", "", "7"]
+
+
+def test_rows_before_the_first_with_the_column_are_empty(tmp_path):
+    rows = '{"url": "x"}\n' * 5 + '{"url": "y", "caption": "a dog"}\n'
+    assert rows_of(tmp_path, "a.jsonl", rows) == [""] * 5 + ["a dog"]
+    for count in (3, 3000):
+        with pytest.raises(UserError, match=r"'caption' is not in .*, url, more are"):
+            rows_of(tmp_path, "b.jsonl", '{"url": "x"}\n{"more": 1}\n' * count)
+
+
+def test_a_folder_may_hold_what_downloads_and_notebooks_leave(tmp_path):
+    for name in (
+        ".cache/huggingface/download/a.jsonl.metadata",
+        ".cache/b.jsonl",
+        "data/.ipynb_checkpoints/a-checkpoint.jsonl",
+        "data/_temporary/0.jsonl",
+        ".gitattributes",
+        "README.md",
+        "LICENSE",
+        "dataset_infos.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{not json")
+    (tmp_path / "data" / "train.jsonl").write_text('{"caption": "a dog"}\n')
+    assert list(file_captions(FileCaptions(path=str(tmp_path)))) == ["a dog"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl"])
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 146946961\n"
+    with pytest.raises(UserError, match=rf"captions\.path: .*{name} is a pointer of Git LFS.*git lfs pull"):
+        rows_of(tmp_path, name, pointer)
+
+
+def test_a_folder_named_like_a_partition_adds_no_column(tmp_path):
+    folder = tmp_path / "caption=x" / "model=a"
+    folder.mkdir(parents=True)
+    write_parquet(folder / "a.parquet", ["a dog"])
+    assert read(folder) == ["a dog"]

@@ -51,13 +51,17 @@ def test_random_squares_are_cut_alike_from_both_images():
     assert any(np.array_equal(exact, photo[:, left : left + 400]) for left in range(201)), "not resized, whole height"
 
 
+FILE = "run/dataset/validation/part.parquet"
+SPLITS = {FILE: "validation"}
+
+
 def dataset_row(pair_id, instruction, original, edited):
     empty = dict.fromkeys(DATASET.names)
     pictures = {"original_image": {"bytes": original}, "edited_image": {"bytes": edited}}
     return (
         empty
         | {
-            "path": "run/dataset/validation/part.parquet",
+            "path": FILE,
             "pair_id": pair_id,
             "caption_id": pair_id,
             "edit_prompt": instruction,
@@ -73,14 +77,15 @@ def test_one_row_out_for_each_in(full_recipe):
         dataset_row("b", "put a hat on the left", photo, photo),
         dataset_row("c", "make it night", photo, b""),
     ]
-    encoder = PairEncoder(full_recipe)
+    encoder = PairEncoder(full_recipe, SPLITS)
     table = encoder(pa.Table.from_pylist(rows, schema=DATASET.append(pa.field("path", pa.string()))))
     assert table.schema == LATENTS
     both, single, broken = table.to_pylist()
     assert both["split"] == "validation"
     assert (both["status"], both["shape"]) == ("ok", [2, 4, 8, 8])
     assert (single["status"], single["shape"]) == ("ok", [1, 4, 8, 8])
-    assert broken["status"] == "failed" and "empty" in broken["reason"]
+    assert broken["status"] == "failed" and "original_image is missing" not in broken["reason"]
+    assert "edited_image is missing" in broken["reason"]
 
     # The image latents are the VAE's mode, not scaled; the target's are scaled; view 1 is the mirror image.
     pixels = images.to_tensor(square(data.astronaut(), 64)[None])
@@ -95,7 +100,34 @@ def test_one_row_out_for_each_in(full_recipe):
 def test_every_crop_is_a_view_and_depends_on_the_pair_alone(full_recipe):
     photo = images.encode(data.astronaut())
     section = full_recipe.train.model_copy(update={"random_resize": (64.0, 80.0), "crops": 3})
-    encoder = PairEncoder(full_recipe.model_copy(update={"train": section}))
+    encoder = PairEncoder(full_recipe.model_copy(update={"train": section}), SPLITS)
     first, again, other = (encoder.encode_row(dataset_row(id_, "make it night", photo, photo)) for id_ in "aab")
     assert first["shape"] == [6, 4, 8, 8], "three crops and their mirror images"
     assert first["image_latents"] == again["image_latents"] != other["image_latents"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"edit_prompt": None}, "edit_prompt is missing"),
+        ({"edit_prompt": "  "}, "edit_prompt is missing"),
+        ({"original_image": None}, "original_image is missing"),
+        ({"edited_image": {"bytes": None, "path": None}}, "edited_image is missing"),
+        ({"edited_image": {"bytes": None, "path": "a/b.png"}}, "edited_image is only the path 'a/b.png'"),
+        ({"edited_image": b""}, "edited_image is missing"),
+        ({"edited_image": b"version https://git-lfs"}, "not an image"),
+        ({"edit_prompt": None, "caption_id": None, "pair_id": None, "edited_image": None}, "edit_prompt is missing"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_on_has_a_reason(full_recipe, change, reason):
+    photo = images.encode(data.astronaut())
+    row = PairEncoder(full_recipe, SPLITS).encode_row(dataset_row("a", "make it night", photo, photo) | change)
+    assert row["status"] == "failed" and reason in row["reason"]
+
+
+def test_raw_bytes_are_images_as_well(full_recipe):
+    photo = images.encode(data.astronaut())
+    row = dataset_row("a", "make it night", photo, photo)
+    encoder = PairEncoder(full_recipe, SPLITS)
+    raw = encoder.encode_row(row | {"original_image": photo, "edited_image": photo})
+    assert raw == encoder.encode_row(row)
