@@ -32,16 +32,16 @@ $(DONE): $(REQUIREMENTS) $(TESTS) $(INSTALLER)
 	touch $@
 
 demo: $(DONE) ## the whole paper in minutes: captions, pairs, dataset, editor, report
-	$(BIN)/python -m jobs.reproduce --recipe recipes/miniature.yaml --workspace $(WORKSPACE) $(ARGS)
+	$(BIN)/python -m jobs.reproduce --recipe recipes/miniature.yaml --workspace "$(WORKSPACE)" $(ARGS)
 
 reproduce: $(DONE) ## the same at the size where the ablations mean something (hours)
-	$(BIN)/python -m jobs.reproduce --recipe recipes/miniature_full.yaml --workspace $(WORKSPACE) $(ARGS)
+	$(BIN)/python -m jobs.reproduce --recipe recipes/miniature_full.yaml --workspace "$(WORKSPACE)" $(ARGS)
 
 serve: $(DONE) ## the endpoint, on the workspace's editor or the shipped one
-	$(BIN)/python -m serve.app --recipe recipes/miniature.yaml --workspace $(WORKSPACE) --open --port $(PORT) $(ARGS)
+	$(BIN)/python -m serve.app --recipe recipes/miniature.yaml --workspace "$(WORKSPACE)" --open --port $(PORT) $(ARGS)
 
 submit: $(DONE) ## JOB=train RECIPE=… WORKSPACE=s3://…: run a job on a Ray cluster, follow its log
-	@$(BIN)/python -m cluster.submit --job $(JOB) --recipe $(RECIPE) --workspace $(WORKSPACE) $(ARGS)
+	@$(BIN)/python -m cluster.submit --job $(JOB) --recipe $(RECIPE) --workspace "$(WORKSPACE)" $(ARGS)
 
 # Two at a time, a file's tests one after the other: most of the time goes into starts of Ray and of engines.
 test: $(DONE) ## lint, types, tests

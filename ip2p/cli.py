@@ -10,12 +10,13 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import (
     BaseSettings,
+    CliApp,
     CliImplicitFlag,
     CliSettingsSource,
     InitSettingsSource,
@@ -29,6 +30,7 @@ from ip2p.recipe import LOCAL_CLIP, REPOSITORY, ClipRef, FileCaptions, HubCaptio
 from ip2p.workspace import Workspace
 
 OURS = {"recipe", "workspace"}
+S = TypeVar("S", bound=BaseSettings)
 
 
 class StageFlags(BaseModel):
@@ -111,7 +113,7 @@ def load_settings(
         values = {name: getattr(settings, name) for name in type(settings).model_fields}
         recipe = Recipe.model_construct(**{name: values[name] for name in Recipe.model_fields})
         problems = list(_missing(recipe, values["workspace"], needs))
-        workspace = Workspace(values["workspace"]) if values["workspace"] else None
+        workspace = None if values["workspace"] is None else Workspace(values["workspace"])
     except ValidationError as error:
         problems = [_explain(settings_class, problem) for problem in error.errors(include_url=False)]
     except SettingsError as error:
@@ -121,6 +123,15 @@ def load_settings(
     if problems:
         sys.exit(_fail(problems))
     return recipe, workspace, extra.model_construct(**{name: values[name] for name in own}) if extra else None
+
+
+def parse_flags(settings: type[S], argv: list[str] | None = None) -> S:
+    """Return the flags of a command that takes no recipe. Raises `UserError`, one line for each wrong flag."""
+    try:
+        return CliApp.run(settings, cli_args=argv)
+    except ValidationError as error:
+        problems = [f"--{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise UserError("\nerror: ".join(problems)) from error
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -152,10 +163,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
+    """A mapping may not hold a key twice. Its own keys win over those that `<<` merges into it."""
+
+    MERGE = "tag:yaml.org,2002:merge"
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore
-        if twice := [str(key) for key in keys if keys.count(key) > 1]:
-            raise yaml.MarkedYAMLError(problem=f"key {twice[0]!r} is there twice", problem_mark=node.start_mark)
+        keys = [
+            "<<" if key.tag == self.MERGE else self.construct_object(key, deep=True)  # pyright: ignore
+            for key, _ in node.value
+        ]
+        if duplicates := [str(key) for key in keys if keys.count(key) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {duplicates[0]!r}", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -176,7 +194,7 @@ def _missing(recipe: Recipe, workspace: str | None, needs: tuple[str, ...]) -> I
     for need in needs:
         try:
             if need == "workspace":
-                if workspace is None:
+                if not workspace:
                     yield "--workspace: missing; name the folder of the run: a local path, s3://... or gs://..."
             elif need == "captions":
                 if isinstance(recipe.captions, FileCaptions) and not Workspace(recipe.captions.path).exists():
@@ -204,12 +222,27 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     """One line for one of pydantic's errors."""
     key = ".".join(_path(model, problem["loc"]))
     if problem["type"] == "extra_forbidden":
+        if kinds := list(_kinds_with(model, problem["loc"])):
+            section, _, _ = key.rpartition(".")
+            return (
+                f"{key}: {section}.kind {problem['loc'][-2]} has no such key; {section}.kind {' or '.join(kinds)} has"
+            )
         return f"{key}: there is no such key{_nearest(model, key)}"
     if problem["type"] == "missing":
         return f"{key}: missing"
     if problem["type"] == "value_error":  # ours, and they tell the value
         return f"{key}: {problem['ctx']['error']}"
     return f"{key}: {problem['msg']}, not {json.dumps(problem['input'], default=str)}"
+
+
+def _kinds_with(model: type[BaseModel], location: tuple[str | int, ...]) -> Iterator[str]:
+    """The other kinds of the section of an unknown key that have it, where the section is a choice of kinds."""
+    models = [model]
+    for part in location[:-2]:
+        fields = [m.model_fields[str(part)] for m in models if str(part) in m.model_fields]
+        models = [section for field in fields for section in _models(field.annotation)]
+    if len(models) > 1:
+        yield from (str(m.model_fields["kind"].default) for m in models if str(location[-1]) in m.model_fields)
 
 
 def _explain_flags(model: type[BaseModel], message: str) -> str:

@@ -633,7 +633,7 @@ class Recipe(Section):
     """One experiment."""
 
     name: str = how(description="of the experiment")
-    seed: int = what(default=0, description="all seeds derive from it")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = what(default=0, description="all seeds derive from it")
     device: Literal["auto", "cpu", "cuda"] = how(default="auto", description="auto: cuda where there is one")
     truth: Literal["oracle", "none"] = what(
         default="none", description="oracle: the images are miniature scenes and can be read back exactly"
@@ -659,9 +659,13 @@ def locate(path: str, key: str = "path") -> str:
     A relative path is looked up in the current directory and then in the repository, so that a recipe means the same
     on a cluster. Raises `UserError`, naming `key`, when `path` is neither.
     """
+    try:
+        given = Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}: {path!r}: there is no such user; write the whole path") from error
     for folder in (Path.cwd(), REPOSITORY):
-        if (folder / Path(path).expanduser()).is_dir():
-            return str((folder / Path(path).expanduser()).resolve())
+        if path.strip() and (folder / given).is_dir():
+            return str((folder / given).resolve())
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return path
     raise UserError(

@@ -44,6 +44,8 @@ class Workspace:
 
     def __init__(self, location: str | Path):
         self.location = str(location)
+        if not self.location.strip():
+            raise UserError("workspace '': the empty text names no folder; give a local path, s3://... or gs://...")
         if "://" in self.location:
             address = urlsplit(self.location)
             if address.password:
@@ -59,7 +61,11 @@ class Workspace:
                     "gs://bucket/folder"
                 ) from error
         else:
-            self.fs, self.root = pafs.LocalFileSystem(), str(Path(self.location).expanduser().absolute())
+            try:
+                folder = Path(self.location).expanduser()
+            except RuntimeError as error:
+                raise UserError(f"workspace {self.location!r}: there is no such user; write the whole path") from error
+            self.fs, self.root = pafs.LocalFileSystem(), str(folder.absolute())
         self.root = self.root.rstrip("/")
 
     def __repr__(self) -> str:

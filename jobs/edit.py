@@ -4,17 +4,18 @@ Without --model or --workspace the recipe's shipped editor is used. The result h
 viewers show it, and keeps its transparency.
 """
 
+import os
 import secrets
-import sys
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from tqdm import tqdm
 
 from ip2p import images
-from ip2p.cli import read_recipe
+from ip2p.cli import parse_flags, read_recipe
 from ip2p.edit.editor import Editor, EditRequest
 from ip2p.edit.editors import load_editor
 from ip2p.edit.grid import scale_grid
@@ -29,6 +30,9 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 BATCH_SIZE = 8
 
 
+Instruction = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
 class Edit(BaseSettings):
     __doc__ = __doc__
     model_config = SettingsConfigDict(
@@ -40,7 +44,9 @@ class Edit(BaseSettings):
     )
 
     image: Path = Field(description="the image to edit: PNG, JPEG, WebP, ...")
-    instruction: str = Field(description='what to do, e.g. "make it night"')
+    instruction: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] = Field(
+        description='what to do, e.g. "make it night"'
+    )
     output: Path | None = Field(default=None, description=".png, .webp or .jpg; default: <image>-edited.png")
     guidance_scale: float | None = Field(default=None, description="s_T, follow the instruction; default: the recipe's")
     image_guidance_scale: float | None = Field(default=None, description="s_I, keep the image; default: the recipe's")
@@ -57,11 +63,15 @@ class Edit(BaseSettings):
 
 
 def run(settings: Edit) -> Path:
-    """Edit, write and tell; returns the path written. Raises `UserError` or `OSError` for what is wrong."""
+    """Edit, write and tell; returns the path written. Raises `UserError` for what is wrong."""
     output = settings.output or settings.image.with_name(f"{settings.image.stem}-edited.png")
     if output.suffix.lower() not in FORMATS:
         raise UserError(f"--output {output}: choose a name that ends in {', '.join(FORMATS)}")
-    data = settings.image.read_bytes()
+    check_writable(output)
+    try:
+        data = settings.image.read_bytes()
+    except OSError as error:
+        raise UserError(f"--image {settings.image}: {error.strerror}") from error
     image, alpha = images.decode(data), images.decode_alpha(data)
     if alpha is not None and FORMATS[output.suffix.lower()] == "jpeg":
         raise UserError(
@@ -94,10 +104,23 @@ def run(settings: Edit) -> Path:
         picture, alpha = scale_grid(image, rows, s_I=scales[1], s_T=scales[0]), None
     else:
         picture = results[0]
-    output.write_bytes(images.encode(picture, FORMATS[output.suffix.lower()], alpha))
+    try:
+        output.write_bytes(images.encode(picture, FORMATS[output.suffix.lower()], alpha))
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}") from error
     told = "every pair of scales" if settings.grid else f"guidance scale {s_T:g}, image guidance scale {s_I:g}"
     print(f"{output}: {told}, {requests[0].steps} steps of {requests[0].solver}, seed {seed}")
     return output
+
+
+def check_writable(output: Path) -> None:
+    """Raises `UserError` before an edit is made that could not be kept."""
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; add the name of a file")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or choose another")
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise UserError(f"--output {output}: may not be written; choose another folder")
 
 
 def load(settings: Edit, recipe: Recipe) -> Editor:
@@ -124,15 +147,7 @@ def edit_with_progress(editor: Editor, requests: list[EditRequest]) -> list[np.n
 
 def main(argv: list[str] | None = None) -> None:
     with exit_statuses():
-        try:
-            settings = Edit(_cli_parse_args=sys.argv[1:] if argv is None else argv)  # pyright: ignore[reportCallIssue]
-        except ValidationError as error:
-            problems = [f"--{problem['loc'][0]}: {problem['msg']}" for problem in error.errors()]
-            raise UserError("\nerror: ".join(problems)) from error
-        try:
-            run(settings)
-        except OSError as error:  # the image is not there, the output can't be written
-            raise UserError(str(error)) from error
+        run(parse_flags(Edit, argv))
 
 
 if __name__ == "__main__":

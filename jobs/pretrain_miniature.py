@@ -18,13 +18,14 @@ import ray.train
 import torch
 from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from pydantic import BaseModel, Field
-from pydantic_settings import BaseSettings, CliApp, CliImplicitFlag, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliImplicitFlag, SettingsConfigDict
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import get_device
 from rich.console import Console
 from rich.table import Table
 from transformers import CLIPTokenizer
 
+from ip2p.cli import parse_flags
 from ip2p.errors import UserError
 from ip2p.miniature.models import autoencoder, clip, editor, language_model, text_to_image
 from ip2p.miniature.models.fit import Run
@@ -32,6 +33,7 @@ from ip2p.models import load_clip
 from ip2p.recipe import ClipRef
 from jobs.train import threads_per_worker
 from runtime.connect import connect
+from runtime.exit import exit_statuses
 from runtime.trainer import Trainer
 
 WEIGHTS = Path(__file__).parent.parent / "ip2p" / "miniature" / "weights"
@@ -152,16 +154,17 @@ def show(figures: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    settings = CliApp.run(Settings)
-    if settings.ship:
-        editor.ship_editor(settings.ship / "model", settings.output / "editor")
-        print(f"editor: written to {settings.output / 'editor'}")
-    elif settings.measure:
-        figures = measure_all(settings)
-        show(figures)
-        (settings.output / "measured.json").write_text(json.dumps(figures, indent=1) + "\n")
-    else:
-        train_all(settings)
+    with exit_statuses():
+        settings = parse_flags(Settings)
+        if settings.ship:
+            editor.ship_editor(settings.ship / "model", settings.output / "editor")
+            print(f"editor: written to {settings.output / 'editor'}")
+        elif settings.measure:
+            figures = measure_all(settings)
+            show(figures)
+            (settings.output / "measured.json").write_text(json.dumps(figures, indent=1) + "\n")
+        else:
+            train_all(settings)
 
 
 if __name__ == "__main__":

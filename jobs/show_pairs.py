@@ -7,8 +7,9 @@ Rejected candidates are kept for a share of the captions alone: pairs.keep_rejec
 """
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ip2p.cli import parse_flags
 from ip2p.report.contact_sheet import write_sheet
 from ip2p.workspace import Workspace
 from runtime.exit import exit_statuses
@@ -23,9 +24,9 @@ class Settings(BaseSettings):
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = CliApp.run(Settings, cli_args=argv)
-    workspace = Workspace(settings.workspace)
     with exit_statuses():
+        settings = parse_flags(Settings, argv)
+        workspace = Workspace(settings.workspace)
         shown = write_sheet(workspace, settings.count)
     print(f"show_pairs: {shown['accepted']} accepted, {shown['rejected']} rejected: {workspace.uri('pairs.html')}")
 

@@ -20,6 +20,7 @@ from ip2p.captions.answers import names_type
 from ip2p.captions.triplets import TRIPLETS, Triplet, read_triplets
 from ip2p.captions.tune import export, make_trainer, split, usable
 from ip2p.cli import StageFlags, load_settings
+from ip2p.errors import UserError
 from ip2p.miniature.edits import EDIT_KINDS
 from ip2p.miniature.triplets import draw_triplet
 from ip2p.recipe import GrammarCaptions, Recipe, locate
@@ -67,7 +68,10 @@ def run(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> None:
 def read(recipe: Recipe) -> list[Triplet]:
     """The triplets that the recipe names."""
     if recipe.tune.triplets is not None:
-        return read_triplets(recipe.tune.triplets)
+        try:
+            return read_triplets(recipe.tune.triplets)
+        except OSError as error:
+            raise UserError(f"tune.triplets: {recipe.tune.triplets}: {error.strerror}") from error
     if recipe.truth == "none":
         return list(TRIPLETS)
     kinds = (recipe.captions.kinds if isinstance(recipe.captions, GrammarCaptions) else None) or EDIT_KINDS

@@ -108,11 +108,20 @@ class Owner:
     released: bool = False
 
     @staticmethod
-    def parse(content: str) -> "Owner":
-        """Raises `UserError` for a record of another version of this project."""
+    def parse(content: str) -> "Owner | None":
+        """Return the record in a file, None for a damaged file: a full disk may leave an empty one.
+
+        Raises `UserError` for a record of another version of this project.
+        """
         try:
-            return Owner(**json.loads(content))
-        except (TypeError, json.JSONDecodeError) as error:
+            record = json.loads(content)
+        except json.JSONDecodeError:
+            return None
+        if not isinstance(record, dict):
+            return None
+        try:
+            return Owner(**record)
+        except TypeError as error:
             raise UserError(
                 f"{OWNER} is not a record of this version ({error}): when no run writes there, remove it"
             ) from error
@@ -200,6 +209,8 @@ class Lease:
             if now is None:
                 self._exit(f"{OWNER} was removed from {self._location}")
             owner = Owner.parse(now.content)
+            if owner is None:
+                self._exit(f"{OWNER} in {self._location} was damaged by another program")
             if owner.token != self._owner.token:
                 self._exit(f"{self._location} is now {described(owner)}")
             # An earlier write of this process, whose answer was lost.
@@ -245,6 +256,8 @@ def take_through(file: AtomicFile, workspace: Workspace, job: str, token: str) -
     while True:
         stored = wait_until_free(file, workspace, token)
         previous = Owner.parse(stored.content) if stored else None
+        if stored and previous is None:
+            print(f"{workspace.location}: {OWNER} is damaged, so nobody owns the workspace; it is replaced", flush=True)
         owner = new_owner(job, token, previous)
         began = time.monotonic()
         try:
@@ -282,7 +295,8 @@ def wait_until_free(file: AtomicFile, workspace: Workspace, token: str) -> Store
     is known to be alive.
     """
     first = file.read()
-    if first is None or (owner := Owner.parse(first.content)).released or owner.token == token:
+    owner = Owner.parse(first.content) if first else None
+    if first is None or owner is None or owner.released or owner.token == token:
         return first
     if owner.host == this_host():
         if process_is_alive(owner):
@@ -296,7 +310,8 @@ def wait_until_free(file: AtomicFile, workspace: Workspace, token: str) -> Store
     while time.monotonic() < deadline:
         time.sleep(POLL)
         now = file.read()
-        if now is None or (owner := Owner.parse(now.content)).released:
+        owner = Owner.parse(now.content) if now else None
+        if now is None or owner is None or owner.released:
             return now
         if now.version != first.version:
             raise UserError(refusal(workspace, owner))

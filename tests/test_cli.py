@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,27 @@ def test_settings_come_without_the_weight_of_torch_and_ray():
     code = "import sys, ip2p.cli; print([m for m in ('torch', 'ray', 'vllm', 'diffusers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--captions.path", "x.parquet"], "captions.path: .*kind grammar.*kind files or hub"),
+        (["--captions.kind", "files", "--captions.path", "x", "--captions.kinds", "move"], "captions.kinds: .*grammar"),
+        (["--captions.kind", "files", "--captions.path", "x", "--captions.split", "a"], "captions.split: .*kind hub"),
+        (["--captions.nothing", "x"], "captions.nothing: there is no such key"),
+        (["--seed", "-1"], "seed: .*greater than or equal to 0"),
+        (["--seed", str(2**63)], "seed: .*less than"),
+        (["--serve.version", "../x"], "serve.version: "),
+        (["--serve.version", "a/../../b"], "serve.version: "),
+    ],
+)
+def test_a_wrong_value_is_told_with_the_way_out(recipe, capsys, flags, message):
+    (problem,) = refused(capsys, "--recipe", recipe, "--workspace", "w", *flags)
+    assert re.match(message, problem), problem
+
+
+@pytest.mark.parametrize("workspace", ["", "  ", "~nobodyhere/x"])
+def test_a_workspace_that_names_nothing_is_refused(recipe, capsys, workspace):
+    (problem,) = refused(capsys, "--recipe", recipe, "--workspace", workspace)
+    assert problem.startswith(("workspace ", "--workspace"))

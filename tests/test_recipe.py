@@ -4,6 +4,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from ip2p.cli import read_recipe, read_yaml
+from ip2p.errors import UserError
 from ip2p.recipe import REPOSITORY, GrammarCaptions, Recipe, Sharing
 
 MINIMAL: dict[str, Any] = {
@@ -110,7 +111,41 @@ def test_every_key_is_described():
 def test_a_key_that_is_there_twice_is_refused(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("pairs:\n  steps: 3\n  steps: 4\n")
-    with pytest.raises(ValueError, match="key 'steps' is there twice"):
+    with pytest.raises(ValueError, match="duplicate key 'steps'"):
+        read_yaml(file)
+
+
+MERGED = """
+base: &base {steps: 3, guidance_scale: 2}
+other: &other {steps: 9, candidates: 4}
+pairs: {<<: *base, steps: 5}
+both: {<<: [*base, *other]}
+deep: {pairs: {<<: *base}}
+"""
+
+
+def test_merge_keys_are_merged_and_own_keys_win(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(MERGED)
+    found = read_yaml(file)
+    assert found["pairs"] == {"steps": 5, "guidance_scale": 2}
+    assert found["both"] == {"steps": 3, "guidance_scale": 2, "candidates": 4}
+    assert found["deep"]["pairs"] == found["base"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: &b {steps: 3}\npairs: {<<: *b, steps: 4, steps: 5}\n", "duplicate key 'steps'"),
+        ("base: &b {steps: 3}\npairs: {<<: *b, <<: *b}\n", "duplicate key '<<'"),
+        ("base: &b 3\npairs: {<<: *b}\n", "not YAML"),
+        ("pairs: {<<: *nothing}\n", "not YAML"),
+    ],
+)
+def test_wrong_merges_are_refused(tmp_path, text, message):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
         read_yaml(file)
 
 

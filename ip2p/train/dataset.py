@@ -36,14 +36,13 @@ def dataset_files(recipe: Recipe, workspace: Workspace) -> tuple[Workspace, list
     has no files.
     """
     source = Workspace(recipe.train.dataset or workspace.uri("dataset"))
+    if not source.exists() and recipe.train.dataset is None:
+        raise UserError(f"no pairs to train on in {source.location}: run jobs.export_dataset first")
     if not source.exists():
-        way_out = (
-            "it is a folder of parquet files or one of them; `hf download --repo-type dataset OWNER/NAME --local-dir "
-            "FOLDER` brings one of the hub"
-            if recipe.train.dataset
-            else "run jobs.export_dataset first"
+        raise UserError(
+            f"train.dataset: there is nothing at {source.location!r}; it is a folder of parquet files or one of them, "
+            "and `hf download --repo-type dataset OWNER/NAME --local-dir FOLDER` brings one of the hub"
         )
-        raise UserError(f"train.dataset: there is nothing at {source.location!r}; {way_out}")
     if source.fs.get_file_info(source.root).is_file:
         return source, [source.root]
     present = [path for path in source.files() if not is_beside_data(path.removeprefix(f"{source.root}/"))]

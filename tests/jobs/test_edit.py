@@ -97,6 +97,9 @@ def test_edits_with_the_model_of_a_workspace_or_a_directory(recipe, tiny_editor,
         (["--model", "/nowhere"], "/nowhere"),
         (["--image", "missing.png"], "missing.png"),
         (["--no-such-flag", "1"], "no-such-flag"),
+        (["--output", "/not/there/out.png"], "there is no folder /not/there"),
+        (["--output", "/dev/null/out.png"], "there is no folder /dev/null"),
+        (["--instruction", "  "], "--instruction"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(recipe, tmp_path, capsys, flags, told):

@@ -1,12 +1,19 @@
 """Devices, timeouts and signals of a process that is connected to Ray, each in a process of its own."""
 
+import getpass
+import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from ip2p.errors import UserError
 from ip2p.recipe import REPOSITORY
+from runtime.connect import check_address, deadline, give_home, start_local
 from runtime.exit import TERMINATED
 
 DEVICES = """
@@ -59,3 +66,57 @@ def test_a_connected_process_never_times_out_and_ends_at_sigterm_in_one_line():
     assert process.returncode == TERMINATED, errors
     assert errors.splitlines()[-1] == "terminated; run the same command to resume", errors
     assert "Traceback" not in errors and "*** SIG" not in errors, errors
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:9", "nothing answers there"),
+        ("no-such-host.invalid:6379", "nothing answers there"),
+        ("http://127.0.0.1:8265", "make submit"),
+        ("nonsense", "not HOST:PORT"),
+        ("head:", "not HOST:PORT"),
+        ("head:99999", "not HOST:PORT"),
+        (":6379", "not HOST:PORT"),
+    ],
+)
+def test_a_wrong_ray_address_is_named_before_ray_waits_for_it(address, says):
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS={re.escape(address)}: .*{says}.*") as refused:
+        check_address(address)
+    assert "unset it" in str(refused.value)
+
+
+def test_a_server_that_is_no_ray_is_given_up():
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no Ray cluster answers"), deadline(1, "no Ray cluster answers"):
+        time.sleep(30)
+    assert time.monotonic() < began + 10
+    with deadline(1, "never"):
+        pass
+    time.sleep(1.2)
+
+
+def test_ray_without_its_token_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(UserError, match=r"RAY_AUTH_MODE=disabled: .*anybody's code"):
+        start_local()
+
+
+def test_a_user_without_an_entry_in_passwd_gets_a_home_and_a_name(monkeypatch, capsys):
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError, match="home"):
+        Path.home()
+    give_home()
+    assert getpass.getuser() == "54321"
+    assert Path.home().is_dir()
+    assert "set HOME to keep its caches" in capsys.readouterr().out
+    Path.home().rmdir()
+
+
+def test_a_user_with_a_home_keeps_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    give_home()
+    assert os.environ["HOME"] == "/somewhere"

@@ -376,3 +376,11 @@ def test_lines_are_json_when_ray_is_asked_for_json(workspace, monkeypatch, capsy
         ("train-x-2", "train", "train: step 1"),
         ("train-x-2", "train", "train: step 2"),
     ]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"token": "cut'])
+def test_a_damaged_record_is_nobodys(tmp_path, capsys, content):
+    (tmp_path / "owner.json").write_text(content)
+    with lease.held(Workspace(tmp_path), "jobs.train"):
+        assert '"job": "jobs.train"' in (tmp_path / "owner.json").read_text()
+    assert "owner.json is damaged, so nobody owns the workspace" in capsys.readouterr().out
