@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
@@ -73,6 +74,32 @@ def how(default: Any = ..., **field: Any) -> Any:
 def how_much(default: Any = ..., **field: Any) -> Any:
     """Declare a key that decides how much is made: a complete stage is extended when the value grows."""
     return Field(default, json_schema_extra={"decides": "how_much"}, **field)
+
+
+SECRET_WORDS = {"token", "key", "secret", "password", "credential", "credentials"}  # not max_num_batched_tokens
+
+
+def _no_userinfo(address: str) -> str:
+    if "@" in urlsplit(address).netloc:
+        raise UserError(
+            "the address holds credentials, and recipes are printed and kept; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD instead"
+        )
+    return address
+
+
+def _no_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+    if secret := [name for name in arguments if SECRET_WORDS & set(name.lower().split("_"))]:
+        raise UserError(
+            f"{secret[0]}: recipes are printed and kept, so they may hold no secrets; set the library's environment "
+            "variable instead, e.g. HF_TOKEN"
+        )
+    return arguments
+
+
+EngineArguments = Annotated[
+    dict[str, Annotated[int | float | str | bool, BeforeValidator(_read_flag)]], AfterValidator(_no_secrets)
+]
 
 
 class Section(BaseModel):
@@ -204,7 +231,7 @@ class Instructions(Section):
     batch_size: Positive = how(default=64, description="captions handed to an engine at a time")
     replicas: Positive = how(default=1, description="vLLM engines")
     max_model_len: Positive = how(default=512, description="tokens of prompt and answer together")
-    engine: dict[str, Annotated[int | float | str | bool, BeforeValidator(_read_flag)]] = how(
+    engine: EngineArguments = how(
         default_factory=dict, description="further vLLM engine arguments, e.g. gpu_memory_utilization: 0.9"
     )
 
@@ -386,7 +413,7 @@ class Dataset(Section):
 class MLflow(Section):
     """Where MLflow keeps its runs."""
 
-    tracking_uri: str = how(
+    tracking_uri: Annotated[str, AfterValidator(_no_userinfo)] = how(
         description="http(s)://… of a server; a folder that all machines see with MLFLOW_ALLOW_FILE_STORE=true"
     )
     experiment: str = how(default="ip2p", description="the experiment that the runs belong to; made if need be")
@@ -554,7 +581,7 @@ class Judge(Section):
     max_model_len: Positive = how(default=8192, description="tokens of two images, the question and the answer")
     batch_size: Positive = how(default=32, description="edits handed to an engine at a time")
     replicas: Positive = how(default=1, description="vLLM engines")
-    engine: dict[str, Annotated[int | float | str | bool, BeforeValidator(_read_flag)]] = how(
+    engine: EngineArguments = how(
         default_factory=dict, description="further vLLM engine arguments, e.g. gpu_memory_utilization: 0.9"
     )
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ip2p.cli import load_settings
 from ip2p.cost import Assumptions, Protocol, Stage, gpu_types, protocols, stages
+from ip2p.errors import UserError
 from ip2p.recipe import Recipe
 from runtime.exit import exit_statuses
 
@@ -74,13 +75,23 @@ def assumption_table(assumed: Assumptions) -> Table:
 
 
 def pairs_wanted(argv: Sequence[str]) -> list[str]:
-    """`--pairs N` as `--wanted N`: without a dot it can't be a key of the recipe's section of that name."""
+    """Return the flags with `--pairs N` as `--wanted N`: `--pairs` is a section of the recipe.
+
+    Raises `UserError` for an N that is no number of pairs.
+    """
+    words = " ".join(argv).replace("--pairs=", "--pairs ").split()
+    for at, word in enumerate(words):
+        if word == "--pairs":
+            count = words[at + 1] if at + 1 < len(words) else ""
+            if not count.isdecimal() or int(count) == 0:
+                raise UserError(f"--pairs {count}: not a number of pairs; use a whole number of at least 1")
     return ["--wanted" + word.removeprefix("--pairs") if word.split("=")[0] == "--pairs" else word for word in argv]
 
 
 def main(argv: list[str] | None = None) -> None:
-    recipe, _, flags = load_settings(__doc__ or "", Flags, pairs_wanted(sys.argv[1:] if argv is None else argv), ())
     with exit_statuses():
+        given = pairs_wanted(sys.argv[1:] if argv is None else argv)
+        recipe, _, flags = load_settings(__doc__ or "", Flags, given, ())
         run(recipe, flags, Console(highlight=False))
 
 

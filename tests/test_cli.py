@@ -188,7 +188,7 @@ def test_settings_come_without_the_weight_of_torch_and_ray():
         (["--captions.path", "x.parquet"], "captions.path: .*kind grammar.*kind files or hub"),
         (["--captions.kind", "files", "--captions.path", "x", "--captions.kinds", "move"], "captions.kinds: .*grammar"),
         (["--captions.kind", "files", "--captions.path", "x", "--captions.split", "a"], "captions.split: .*kind hub"),
-        (["--captions.nothing", "x"], "captions.nothing: there is no such key"),
+        (["--captions.nothing", "x"], "--captions.nothing: there is no such flag"),
         (["--seed", "-1"], "seed: .*greater than or equal to 0"),
         (["--seed", str(2**63)], "seed: .*less than"),
         (["--serve.version", "../x"], "serve.version: "),

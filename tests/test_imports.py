@@ -17,6 +17,7 @@ LAYERS = {
     "images": 1,
     "workspace": 1,
     "files": 1,
+    "card": 2,
     "models": 2,
     "stage": 2,
     "clip_similarity": 2,

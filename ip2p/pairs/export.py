@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pyarrow as pa
-import yaml
 
+from ip2p.card import public_name, published_recipe
 from ip2p.recipe import Recipe
 from ip2p.records import DATASET, IMAGE, SCORES
 
@@ -82,9 +82,9 @@ def dataset_card(recipe: Recipe, counts: dict[str, int]) -> str:
     """What a hub shows of an exported dataset. counts: pairs by split."""
     return CARD.format(
         name=recipe.name,
-        llm=recipe.models.llm.path,
-        text_to_image=recipe.models.text_to_image.path,
-        clip=recipe.models.clip.name,
+        llm=public_name(recipe.models.llm.path),
+        text_to_image=public_name(recipe.models.text_to_image.path),
+        clip=public_name(recipe.models.clip.name),
         splits="\n".join(f"- {split}: {counts[split]} pairs" for split in SPLITS if counts[split]),
-        recipe=yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False),
+        recipe=published_recipe(recipe, "models", "captions", "instructions", "pairs", "dataset"),
     )

@@ -5,9 +5,9 @@ from typing import Any
 
 import diffusers
 import torch
-import yaml
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
+from ip2p.card import public_name, published_recipe
 from ip2p.models import TextToImage
 from ip2p.recipe import Recipe
 from ip2p.train.unet import merge, trainable
@@ -93,12 +93,12 @@ def card(recipe: Recipe, facts: dict[str, Any], example: str) -> str:
     """The model card."""
     return CARD.format(
         name=recipe.name,
-        base=(recipe.train.base or recipe.models.text_to_image).path,
+        base=public_name((recipe.train.base or recipe.models.text_to_image).path),
         example=example,
         steps=recipe.sampling.steps,
         guidance_scale=recipe.sampling.guidance_scale,
         image_guidance_scale=recipe.sampling.image_guidance_scale,
         resolution=recipe.train.resolution,
         facts="\n".join(f"- {label.replace('_', ' ')}: {value}" for label, value in facts.items()),
-        recipe=yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False),
+        recipe=published_recipe(recipe, "train", "sampling"),
     )
