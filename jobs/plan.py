@@ -4,6 +4,7 @@
 but the recipe; every assumption is printed with its source, and is a flag.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -83,7 +84,7 @@ def pairs_wanted(argv: Sequence[str]) -> list[str]:
     for at, word in enumerate(words):
         if word == "--pairs":
             count = words[at + 1] if at + 1 < len(words) else ""
-            if not count.isdecimal() or int(count) == 0:
+            if not re.fullmatch("[1-9][0-9_]*", count):
                 raise UserError(f"--pairs {count}: not a number of pairs; use a whole number of at least 1")
     return ["--wanted" + word.removeprefix("--pairs") if word.split("=")[0] == "--pairs" else word for word in argv]
 

@@ -55,7 +55,7 @@ def test_pairs_alone_is_how_many():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--pairs", "0"], "wanted: "),
+        (["--pairs", "0"], "--pairs 0: "),
         (["--prices", '{"mi300x": 3}'], "peak_tflops: nothing is said of 'mi300x'"),
         (["--unet_utilization", "2"], "unet_utilization: "),
     ],
