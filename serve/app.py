@@ -15,12 +15,12 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import ray
 from pyarrow.fs import FileSelector, FileType
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliImplicitFlag
 from ray import serve
 from ray.serve import Application
@@ -184,20 +184,6 @@ class Flags(BaseModel):
         default=False, description="a proxy in front ends TLS, so plain HTTP may leave this machine"
     )
 
-    @model_validator(mode="after")
-    def _protected(self) -> Self:
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ValueError("--tls_cert and --tls_key belong together: give both")
-        for flag, path in (("--tls_cert", self.tls_cert), ("--tls_key", self.tls_key)):
-            if path and not os.access(path, os.R_OK):
-                raise ValueError(f"{flag} {path}: no such file, or not readable")
-        if not (is_loopback(self.host) or self.tls_cert or self.behind_tls):
-            raise ValueError(
-                f"--host {self.host}: keys and pictures would cross the network unencrypted; give --tls_cert and "
-                "--tls_key, or --behind_tls if a proxy in front ends TLS (cluster/nginx has one)"
-            )
-        return self
-
 
 class ApplicationArgs(BaseModel):
     """`args` of the application in a Serve config file."""
@@ -322,6 +308,20 @@ def start(
     serve.run(deployed, name=NAME, route_prefix="/")
 
 
+def check_tls(flags: Flags) -> None:
+    """Raises `UserError` if keys and pictures would cross a network unencrypted."""
+    if bool(flags.tls_cert) != bool(flags.tls_key):
+        raise UserError("--tls_cert and --tls_key belong together: give both")
+    for flag, path in (("--tls_cert", flags.tls_cert), ("--tls_key", flags.tls_key)):
+        if path and not os.access(path, os.R_OK):
+            raise UserError(f"{flag} {path}: no such file, or not readable")
+    if not (is_loopback(flags.host) or flags.open or flags.tls_cert or flags.behind_tls):
+        raise UserError(
+            f"--host {flags.host}: keys and pictures would cross the network unencrypted; give --tls_cert and "
+            "--tls_key, or --behind_tls if a proxy in front ends TLS (cluster/nginx has one)"
+        )
+
+
 def check_open(host: str) -> None:
     """Raises `UserError` if others than this machine could use an endpoint without keys."""
     if not is_loopback(host):
@@ -368,6 +368,7 @@ def drain() -> None:
 def main(argv: list[str] | None = None) -> None:
     recipe, workspace, flags = load_settings(__doc__ or "", extra=Flags, argv=argv, needs=())
     with exit_statuses():
+        check_tls(flags)
         keys = None if flags.open else read_keys(flags.keys)
         start(recipe, workspace, flags.host, flags.port, keys, flags.keys, flags.tls_cert, flags.tls_key)
         version = recipe.serve.version or available(workspace)[0]

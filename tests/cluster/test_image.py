@@ -1,5 +1,6 @@
 """cluster/Dockerfile and requirements/ by what can be read of them; building needs Docker."""
 
+import importlib
 import importlib.util
 import re
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from ip2p.recipe import REPOSITORY
+from serve import proxy
 
 DOCKERFILE = REPOSITORY / "cluster" / "Dockerfile"
 REQUIREMENTS = REPOSITORY / "requirements"
@@ -143,6 +145,13 @@ def test_vllm_starts_on_gpus_without_a_cuda_compiler():
     assert vllm and vllm.origin
     sampler = Path(vllm.origin).parent / "v1/sample/ops/topk_topp_sampler.py"
     assert "if not envs.VLLM_USE_FLASHINFER_SAMPLER:" in sampler.read_text()
+
+
+def test_rays_proxies_have_our_middleware():
+    found = re.search(rf"{proxy.VARIABLE}=(\S+)", DOCKERFILE.read_text())
+    assert found and found[1] == proxy.IMPORT_PATH
+    module, _, name = found[1].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 @pytest.mark.parametrize("stage", final_stages(), ids=lambda stage: stage.name)

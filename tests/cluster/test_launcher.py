@@ -147,3 +147,10 @@ def test_the_image_is_the_dockerfiles(config):
     assert "HOME=/home/ray" in environment
     assert config["head_setup_commands"] == []
     assert "boto3" in pins("gpu"), "Ray's autoscaler on the head starts machines by it"
+
+
+def test_workers_may_not_start_machines_and_metadata_wants_a_session(config):
+    for name, node_type in config["available_node_types"].items():
+        node = node_type["node_config"]
+        assert node["IamInstanceProfile"]["Name"] == ("ip2p" if name == "head" else "ip2p-worker")
+        assert node["MetadataOptions"]["HttpTokens"] == "required"

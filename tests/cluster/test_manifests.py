@@ -381,7 +381,8 @@ def test_the_service_is_what_serve_accepts(overlay):
     (application,) = config.applications
     assert application.import_path == "serve.app:build"
     run = run_of(overlay)
-    assert application.args == {"recipe": run["RECIPE"], "workspace": run["WORKSPACE"]}
+    keys = "/etc/ip2p/keys/keys.yaml"  # a mounted secret
+    assert application.args == {"recipe": run["RECIPE"], "workspace": run["WORKSPACE"], "keys": keys}
     (deployment,) = application.deployments
     classes = {node.name for node in ast.parse((REPOSITORY / "serve/app.py").read_text()).body if hasattr(node, "name")}  # pyright: ignore
     assert {deployment.name, "build"} <= classes
@@ -400,3 +401,20 @@ def test_an_upgrade_lets_edits_end(overlay):
     for name, pool in pools(service).items():
         if name == "diffusion" or overlay == "miniature":
             assert pool["template"]["spec"]["terminationGracePeriodSeconds"] > longest
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_keys_of_the_endpoint_are_files_where_it_runs_alone(overlay):
+    """A variable would be read once; and every pod that decodes or runs strangers' input would have it."""
+    (cluster,) = yaml.safe_load_all((KUBERAY / "overlays" / overlay / "ray-cluster.yaml").read_text())
+    pods = {"head": cluster["spec"]["headGroupSpec"]}
+    pods |= {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
+    serving = {"head", "diffusion" if "diffusion" in pods else "cpu"}
+    for name, group in pods.items():
+        (container,) = group["template"]["spec"]["containers"]
+        assert all("serve-keys" not in str(source) for source in container.get("envFrom", []))
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert ("serve-keys" in mounts) == (name in serving), name
+    service = yaml.safe_load((KUBERAY / "overlays" / overlay / "serve.yaml").read_text())
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert application["args"]["keys"] == "/etc/ip2p/keys/keys.yaml"

@@ -172,6 +172,9 @@ def test_wrong_arguments_are_rejected(args, message):
     [
         (["--open", "--host", "0.0.0.0"], "error: --open serves this machine only; use --host 127.0.0.1"),
         (["--keys", "nowhere.yaml"], "error: --keys nowhere.yaml: "),
+        (["--keys", "k", "--host", "0.0.0.0"], "error: --host 0.0.0.0: keys and pictures would cross the network"),
+        (["--keys", "k", "--host", "192.0.2.1", "--tls_cert", "c"], "error: --tls_cert and --tls_key belong together"),
+        (["--open", "--tls_cert", "nowhere.pem", "--tls_key", "k"], "error: --tls_cert nowhere.pem: no such file"),
         (["--open", "--serve.version", "three"], "error: serve.version: 'three' can't be served: no --workspace"),
     ],
 )
