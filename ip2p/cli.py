@@ -130,7 +130,10 @@ def parse_flags(settings: type[S], argv: list[str] | None = None) -> S:
     try:
         return CliApp.run(settings, cli_args=argv)
     except ValidationError as error:
-        problems = [f"--{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        problems = [
+            f"--{'.'.join(map(str, problem['loc']))}: {problem['msg']}, not {json.dumps(problem['input'], default=str)}"
+            for problem in error.errors()
+        ]
         raise UserError("\nerror: ".join(problems)) from error
 
 

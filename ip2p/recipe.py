@@ -651,7 +651,10 @@ class Serve(Section):
     )
     ingresses: Positive = how(default=2, description="processes that read requests and ask the engines")
     batch_size: Positive = how(default=8, description="edits in one UNet call")
-    queue: Positive = how(default=128, description="edits that wait or are on their way; more are answered with 429")
+    queue: Positive = how(
+        default=128,
+        description="work that waits or is on its way, in edits of 20 steps at full size; more is answered with 429",
+    )
     max_pixels: Positive = how(default=25_000_000, description="larger images are refused before they are decoded")
     upload_s: Annotated[float, Field(gt=0)] = how(default=30, description="seconds that a request may take to arrive")
 

@@ -2,7 +2,7 @@
 
 A keys file (YAML or JSON), or the same text in IP2P_SERVE_KEYS:
 
-    - {name: shop, sha256: 9f86d0…, edits_per_minute: 600, concurrent_edits: 64}
+    - {name: shop, sha256: 9f86d0…, edits_per_minute: 600, concurrent_edits: 256}
 
 A changed file is taken over without a restart; the variable is read once.
 
@@ -45,7 +45,10 @@ class Key(Section):
         default=600,
         description="rate limit, in edits of 20 steps at full size; a minute's worth may come in one burst",
     )
-    concurrent_edits: Positive = Field(default=128, description="limit of edits in flight, counted in the same way")
+    concurrent_edits: Positive = Field(
+        default=256,  # half of it at each of two ingresses holds the page's grid of 25 edits of 100 steps
+        description="limit of edits in flight, counted in the same way",
+    )
 
 
 KEYS = TypeAdapter(Annotated[list[Key], Field(min_length=1)])

@@ -366,7 +366,8 @@ def test_too_many_broken_images_end_the_job(recipe, tmp_path, local_ray):
     workspace = Workspace(tmp_path)
     write_dataset(workspace, "train", 4, broken=True)
     with pytest.raises(
-        ValueError, match=r"1 of 4 rows of .*latents failed, more than max_failed 0.2.*\(train0: .*empty"
+        ValueError,
+        match=r"1 of 4 rows of .*latents failed, more than max_failed 0.2.*\(train0: edited_image is missing",
     ):
         train.run(recipe, workspace)
 
