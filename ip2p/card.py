@@ -1,4 +1,7 @@
-"""What the cards of published datasets and models say of a recipe: nothing about machines, buckets and accounts."""
+"""The part of a recipe that is published on dataset and model cards.
+
+It names no machine, bucket or account.
+"""
 
 import re
 from typing import Any

@@ -210,10 +210,10 @@ def _orientation(picture: Image.Image) -> Any:
 
 
 def _loaded_again(data: bytes, picture: Image.Image) -> Image.Image | None:
-    """Return a picture that only lacks what no pixel depends on, decoded; None for any other."""
+    """Return the decoded picture if only data that no pixel depends on is missing or damaged, else None."""
     if picture.format == "PNG":
         candidate = _png_of_picture(data)
-    elif picture.format in ("JPEG", "MPO") and JPEG_END not in data[-2:] and _has_all_rows(data):
+    elif picture.format in ("JPEG", "MPO") and not data.endswith(JPEG_END) and _has_all_rows(data):
         candidate = data + JPEG_END
     else:
         return None
@@ -238,7 +238,7 @@ def _has_all_rows(data: bytes) -> bool:
 
 
 def _goes_on(data: bytes, format: str) -> str:
-    """Return what follows the end of the image; "" for nothing, blanks, or what cameras append to a JPEG."""
+    """Describe what follows the end of the image. Return "" for nothing, blanks, and a camera's own data in a JPEG."""
     if format == "WEBP":
         size = struct.unpack("<I", data[4:8])[0]
         tail = data[8 + size + size % 2 :]
@@ -272,9 +272,9 @@ def _png_of_picture(data: bytes) -> bytes:
 
 
 def _jpeg_end(data: bytes) -> int:
-    """Return where the first picture of a JPEG ends, by its segments; the end of the data if it has no end.
+    """Return the offset behind the first picture of a JPEG, or the length of the data if it has no end marker.
 
-    A thumbnail in the EXIF has an end marker of its own, inside of a segment.
+    The segments are walked, because a thumbnail in the EXIF segment has an end marker of its own.
     """
     at = 2
     for _ in range(MAX_SEGMENTS):

@@ -63,7 +63,7 @@ class Edit(BaseSettings):
 
 
 def run(settings: Edit) -> Path:
-    """Edit, write and tell; returns the path written. Raises `UserError` for what is wrong."""
+    """Edit the image, write the result and return its path. Raises `UserError`."""
     output = settings.output or settings.image.with_name(f"{settings.image.stem}-edited.png")
     if output.suffix.lower() not in FORMATS:
         raise UserError(f"--output {output}: choose a name that ends in {', '.join(FORMATS)}")

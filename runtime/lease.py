@@ -257,7 +257,7 @@ def take_through(file: AtomicFile, workspace: Workspace, job: str, token: str) -
         stored = wait_until_free(file, workspace, token)
         previous = Owner.parse(stored.content) if stored else None
         if stored and previous is None:
-            print(f"{workspace.location}: {OWNER} is damaged, so nobody owns the workspace; it is replaced", flush=True)
+            print(f"{workspace.location}: {OWNER} is damaged, so no run owns the workspace; replacing it", flush=True)
         owner = new_owner(job, token, previous)
         began = time.monotonic()
         try:

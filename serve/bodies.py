@@ -96,8 +96,11 @@ def check_json(body: bytes) -> None:
     """Raises `RefusedError` for JSON that would be slow to parse or to describe.
 
     What is outside of strings is found by splitting at quotation marks, in time linear in the body
-    and at the speed of memchr.
+    and at the speed of memchr. In UTF-16 other letters have a byte of that value, and `json.loads`
+    would read that, too.
     """
+    if json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
+        raise RefusedError("body: not UTF-8, which JSON has to be", 400, param="body")
     parts = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', 2 * MAX_STRINGS + 1)
     if len(parts) > 2 * MAX_STRINGS:
         raise RefusedError(f"body: more than {MAX_STRINGS} strings; send fewer fields", 400, param="body")

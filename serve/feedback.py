@@ -1,7 +1,7 @@
 """People's opinions of edits, in parquet files of the workspace's feedback/.
 
-The id of an edit holds its settings and whose key asked for it, encrypted, so that any ingress can
-read it without stored state and nobody else can. A later opinion of an edit replaces the earlier.
+An edit id holds the settings and the client's name, encrypted: any ingress can read it without
+stored state, and clients cannot. A later opinion of the same edit replaces the earlier one.
 """
 
 import base64

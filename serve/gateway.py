@@ -66,8 +66,8 @@ def open_gateway(
     )
 
 
-class Asker:
-    """Who asks for edits: which version, on whose turns, and until when (by time.monotonic)."""
+class RequestContext:
+    """The version, client and deadline (by time.monotonic) of a request for edits."""
 
     def __init__(self, gateway: Gateway, version: str, client: str, seconds: float | None):
         self.gateway, self.version, self.client = gateway, version, client

@@ -5,6 +5,7 @@ import ipaddress
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,8 +22,8 @@ OPEN_PATHS = {
 MAX_BUFFERED = 8 * MAX_BODY_BYTES  # of all bodies that are arriving or being parsed
 SHARE_OF_KEY = MAX_BUFFERED // 4
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
-# A refusal of these is not charged. A late edit (408) has cost an engine its time.
-FREE = {400, 401, 403, 404, 405, 409, 413, 415, 429, 503}
+# Statuses of answers that are not charged. A late edit (408) has cost an engine its time.
+REFUNDED = {400, 401, 403, 404, 405, 409, 413, 415, 429, 503}
 
 
 class RequestGuard:
@@ -52,7 +53,7 @@ class RequestGuard:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.count(path, message["status"])
-                if client is not None and message["status"] in FREE:
+                if client is not None and message["status"] in REFUNDED:
                     client.refund(1)
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
                 for name, value in SECURITY_HEADERS.items():
@@ -128,15 +129,16 @@ class RequestGuard:
 
 def _check_headers(limits: BodyLimits, headers: Headers) -> None:
     """Raises `RefusedError` for a wrong content type or length."""
-    given, *parameters = [part.strip().lower() for part in headers.get("content-type", "").split(";", 16)]
+    # By the parser that Starlette decodes forms with, so that what is checked is what is obeyed.
+    kind, parameters = parse_options_header(headers.get("content-type"))
+    given = kind.decode(errors="replace").lower()
     if given != limits.content_type:
         message = f"content-type: {given[:80]!r} is wrong; send {limits.content_type}"
         raise RefusedError(message, 415, param="content-type")
-    for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip() == "charset" and value.strip().strip("\"'") not in ("utf-8", "utf8"):
-            message = f"content-type: {parameter[:80]!r} is not supported; send utf-8"
-            raise RefusedError(message, 415, param="content-type")
+    charset = parameters.get(b"charset", b"utf-8").decode(errors="replace")
+    if charset.lower() not in ("utf-8", "utf8"):
+        message = f"content-type: charset {charset[:80]!r} is not supported; send utf-8"
+        raise RefusedError(message, 415, param="content-type")
     length = headers.get("content-length", "0")
     size = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else -1
     if size < 0:

@@ -7,7 +7,10 @@ USUAL_STEPS = 20  # an edit of so many steps at the model's full size is the uni
 
 @dataclass(frozen=True)
 class Load:
-    """The load of a request. work: in usual edits; memory: bytes of its pictures and their results."""
+    """The load of a request.
+
+    work: in usual edits. memory: bytes held for its pictures and their results.
+    """
 
     work: float
     memory: int
@@ -26,8 +29,8 @@ def work_of(steps: int, previews: int, pixels: int, full: int) -> float:
 def memory_of(file_bytes: int, pixels: int, result_pixels: int, lossless: bool) -> int:
     """Return the bytes that a request holds until it is answered, roughly and at most.
 
-    An upload is there as the body, as text, and as a file. A decoded pixel has a colour and an
-    opacity. A result is there as a file and in base64: a PNG has 2 bytes a pixel, a JPEG less than a
-    half.
+    An upload is held as the body, as text and as a file. A decoded pixel takes three bytes of color
+    and one of opacity. A result is held as a file and in base64: a PNG takes about 2 bytes a pixel,
+    a JPEG less than half a byte.
     """
     return 4 * file_bytes + 4 * pixels + (4 if lossless else 1) * result_pixels

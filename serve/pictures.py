@@ -35,9 +35,10 @@ class Upload:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An uploaded picture. rgb: uint8 (H, W, 3), upright; alpha: uint8 (H, W), None if opaque.
+    """An uploaded picture.
 
-    output_format: of the edits of it.
+    rgb: uint8 (H, W, 3), upright. alpha: uint8 (H, W), None if opaque. output_format: the format of
+    its edits.
     """
 
     rgb: np.ndarray
@@ -62,7 +63,7 @@ class Pictures:
         await self._turns.enter(client, cost)
         loop = asyncio.get_running_loop()
         future = self._threads.submit(function, *args)
-        # Not at the end of this coroutine: a thread goes on when its caller is cancelled.
+        # Free the slot when the thread ends, which is later than this coroutine if that is cancelled.
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._turns.leave))
         return await asyncio.wrap_future(future)
 

@@ -5,11 +5,11 @@
 The variable must be set where Ray is started, because its proxies are Ray's processes. `serve.app`
 sets it when it starts a local Ray.
 
-- Ray obeys some headers whoever sends them, and fails on those that are not UTF-8. Strangers' ones
-  are dropped or refused here.
-- Ray forwards a body without limit. Here it is bounded, of a request and of all.
-- When an ingress dies, Ray answers its requests with 500. Here they are sent to another ingress,
-  unless the answer has started: an edit has its seed, and is charged where it is answered.
+- Ray obeys some control headers from any client and fails on headers that are not UTF-8. The first
+  are dropped here, the second refused.
+- Ray forwards bodies without a limit. Here each body and their sum are bounded.
+- Ray answers 500 for requests of an ingress that died. Here they are retried on another ingress,
+  unless the answer has started.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ IMPORT_PATH = "serve.proxy:middlewares"
 
 MAX_HEADER_BYTES, MAX_HEADERS = 32 * 2**10, 100
 MAX_HELD = 2**30  # bytes of all bodies that were not answered yet
-# Headers by which Ray's own components talk to its proxy: they switch off time limits and the end
-# of abandoned requests, or choose replicas.
-OF_RAY = {
+# Control headers between Ray's own components. They switch off time limits and the cancelling of
+# abandoned requests, or choose replicas.
+CONTROL = {
     b"x-request-timeout-seconds",
     b"x-request-disconnect-disabled",
     b"x-session-id",
     b"serve-multiplexed-model-id",
 }
-OF_RAYS_ROUTER = b"x-serve-router-"
+CONTROL_PREFIX = b"x-serve-router-"
 REQUEST_ID = re.compile(rb"[\w.-]{1,64}")
 # Every answer of the application has this header, and no answer of Ray's proxy has.
 OF_APPLICATION = b"x-content-type-options"
@@ -53,7 +53,7 @@ def install() -> None:
 
 
 class ProxyGuard:
-    """ASGI middleware. See the module."""
+    """The ASGI middleware that the module describes."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -68,7 +68,7 @@ class ProxyGuard:
             return await refuse(*problem, send)
         body = _Body(self, receive)
         try:
-            await self._answer({**scope, "headers": strangers(scope["headers"])}, body, send)
+            await self._answer({**scope, "headers": without_control(scope["headers"])}, body, send)
         finally:
             body.forget()
 
@@ -124,7 +124,7 @@ class _Body:
         self._messages.append(message)
 
     def forget(self) -> None:
-        """Keep no message any longer than it takes to pass it on."""
+        """Stop keeping messages for a retry."""
         self._kept = False
         self._guard.held -= self._held
         self._held = 0
@@ -133,8 +133,8 @@ class _Body:
 class _Answer:
     """Passes the application's answer on.
 
-    Of a lost ingress Ray's proxy answers nothing (upon which its server says 500), or 503. started:
-    an answer of the application is on its way.
+    For a lost ingress Ray's proxy sends nothing (upon which its server answers 500), or a 503 of its
+    own, which is dropped. started: an answer of the application is being sent.
     """
 
     def __init__(self, send: Send, body: _Body):
@@ -168,13 +168,13 @@ def check_headers(headers: list[tuple[bytes, bytes]]) -> tuple[int, str] | None:
     return None
 
 
-def strangers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return the headers without those that Ray would obey. A well-formed x-request-id is kept."""
+def without_control(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers that Ray does not obey. A well-formed x-request-id is kept."""
     return [(name, value) for name, value in headers if _harmless(name.lower().replace(b"_", b"-"), value)]
 
 
 def _harmless(name: bytes, value: bytes) -> bool:
-    if name in OF_RAY or name.startswith(OF_RAYS_ROUTER):
+    if name in CONTROL or name.startswith(CONTROL_PREFIX):
         return False
     return name != b"x-request-id" or bool(REQUEST_ID.fullmatch(value))
 

@@ -1,4 +1,4 @@
-"""What is published of a recipe, and where secrets may not stand."""
+"""Published recipes name no places, and recipes may not hold secrets."""
 
 import pytest
 import yaml

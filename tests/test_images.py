@@ -405,7 +405,7 @@ def display_p3() -> bytes:
     return bytes(wide)
 
 
-def test_a_colour_profile_is_applied_whatever_the_mode():
+def test_a_colour_profile_is_applied_in_every_mode():
     profile, colour = display_p3(), Image.new("RGB", (8, 8), (250, 90, 40))
     expected = images.decode(save(colour, "PNG", icc_profile=profile))
     assert not np.array_equal(expected, np.asarray(colour)), "the profile changes nothing"

@@ -63,7 +63,7 @@ def dataset_files(recipe: Recipe, workspace: Workspace) -> tuple[Workspace, list
 
 
 def split_by_name(source: Workspace, path: str) -> str | None:
-    """Return the split that the name of a file or of its nearest folder tells; None when none does.
+    """Return the split named by a file's nearest folder or by the file, or None.
 
     Folders above the dataset do not count.
     """

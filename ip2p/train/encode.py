@@ -108,7 +108,7 @@ def _bytes(held: dict[str, Any] | bytes | None) -> bytes:
 class PairEncoder:
     """Encodes batches of exported rows: `dataset.map_batches(PairEncoder, batch_format="pyarrow", ...)`.
 
-    splits: of the files whose name tells it, by path; other rows are split by caption.
+    splits: the split of each file by path. Rows of a file with None are split by caption.
     """
 
     def __init__(self, recipe: Recipe, splits: dict[str, str | None]) -> None:
@@ -119,8 +119,8 @@ class PairEncoder:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of `records.DATASET`, or of the published one, with their file's `path` -> as many rows of `LATENTS`.
 
-        A broken image or a missing text is a `failed` row with a reason. Rows of files whose name tells no split are
-        split by caption, as `jobs.export_dataset` does.
+        A broken image or a missing text is a `failed` row with a reason. Rows of files that name no split are split by
+        caption, as `jobs.export_dataset` does.
         """
         return pa.Table.from_pylist([self.encode_row(row) for row in batch.to_pylist()], schema=LATENTS)
 

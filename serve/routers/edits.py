@@ -17,7 +17,7 @@ from fastapi.responses import StreamingResponse
 from serve.bodies import BodyRoute
 from serve.engine_client import EditCall, EditResult
 from serve.errors import RefusedError, before
-from serve.gateway import Asker, Gateway, edit_request, work
+from serve.gateway import Gateway, RequestContext, edit_request, work
 from serve.load import Load, memory_of
 from serve.pictures import Source
 from serve.routers.dependencies import (
@@ -56,36 +56,36 @@ async def edit(
     has at most 10 previews, as JPEG.
     """
     version = gateway.engines.choose(x_model_version, asked.model)
-    asker = Asker(gateway, version, client.key.name if client else "", asked.deadline_s)
+    context = RequestContext(gateway, version, client.key.name if client else "", asked.deadline_s)
     preview_every = asked.preview_every if asked.stream else 0
-    async with before(asker.deadline):
-        upload = await asker.inspect(asked.image)
-        loads = [work(gateway, upload, one, _spaced(gateway, one, preview_every)) for one in asked.edits]
+    async with before(context.deadline):
+        upload = await context.inspect(asked.image)
+        spaces = [_spaced(gateway, one, preview_every) for one in asked.edits]
+        loads = [work(gateway, upload, one, every) for one, every in zip(asked.edits, spaces)]
         lossless = asked.output_format in ("png", "webp")
         memory = memory_of(len(upload.data), upload.pixels, len(loads) * upload.pixels, lossless)
         until_answered.enter_context(gateway.admission.admit(client, len(loads), Load(sum(loads), memory)))
 
-        source, fitted = await asker.decode(upload, asked.output_format)
+        source, fitted = await context.decode(upload, asked.output_format)
         requests = [edit_request(one, one.instruction, fitted, gateway.recipe.sampling) for one in asked.edits]
-        calls = [asker.call(*pair, f"edits.{index}") for index, pair in enumerate(zip(requests, loads))]
+        calls = [context.call(*pair, f"edits.{index}") for index, pair in enumerate(zip(requests, loads))]
         edits = _Edits(gateway, calls, source)
         if not asked.stream:
             made = await run_all(edits.make(index) for index in range(len(calls)))
             return EditsResponse(created=int(time.time()), model=made[0].model, edits=made)
-    spaces = [_spaced(gateway, one, preview_every) for one in asked.edits]
     return StreamingResponse(
         edits.events(spaces), media_type="text/event-stream", headers={"cache-control": "no-store"}
     )
 
 
 def _spaced(gateway: Gateway, edit: Edit, preview_every: int) -> int:
-    """Return the steps between previews, so that an edit has at most MAX_PREVIEWS; 0 for none."""
+    """Return the steps between previews, so that an edit has at most MAX_PREVIEWS. 0 means none."""
     steps = edit.num_inference_steps or gateway.recipe.sampling.steps
     return preview_every and max(preview_every, ceil(steps / MAX_PREVIEWS))
 
 
 class _Outbox:
-    """Events that were not sent yet. A newer progress or preview of an edit replaces an older one."""
+    """The unsent events. A newer progress or preview of an edit replaces an older one."""
 
     def __init__(self) -> None:
         self._events: dict[tuple[str, int], dict[str, Any]] = {}  # by name and index of the edit

@@ -12,7 +12,7 @@ from ip2p.edit.editor import EditRequest
 from serve.bodies import BodyRoute
 from serve.engine_client import EditCall, EditResult
 from serve.errors import RefusedError, before
-from serve.gateway import Asker, Gateway, edit_request, work
+from serve.gateway import Gateway, RequestContext, edit_request, work
 from serve.load import Load, memory_of
 from serve.pictures import Source, Upload, output_size, size_box
 from serve.routers.dependencies import (
@@ -65,16 +65,16 @@ async def edit_images(
     """Edits images as the prompt says. Results keep the size, orientation and transparency."""
     _check(form)
     version = gateway.engines.choose(x_model_version, form.model)
-    asker = Asker(gateway, version, client.key.name if client else "", form.deadline_s)
-    async with before(asker.deadline):
-        uploads = [await asker.inspect(await file.read()) for file in form.image]
+    context = RequestContext(gateway, version, client.key.name if client else "", form.deadline_s)
+    async with before(context.deadline):
+        uploads = [await context.inspect(await file.read()) for file in form.image]
         until_answered.enter_context(
             gateway.admission.admit(client, len(uploads) * form.n, _load(gateway, form, uploads))
         )
         planned: list[_Planned] = []
         for upload in uploads:
-            planned += await _plan(asker, form, upload)
-        finished = await run_all(_make(asker, form, one) for one in planned)
+            planned += await _plan(context, form, upload)
+        finished = await run_all(_make(context, form, one) for one in planned)
     return _png(finished[0]) if form.response_format == "png" else _json(finished)
 
 
@@ -102,23 +102,23 @@ def _load(gateway: Gateway, form: EditForm, uploads: list[Upload]) -> Load:
     )
 
 
-async def _plan(asker: Asker, form: EditForm, upload: Upload) -> list[_Planned]:
+async def _plan(context: RequestContext, form: EditForm, upload: Upload) -> list[_Planned]:
     """Return the `n` edits of one file. Raises `RefusedError`."""
     asked_format = "png" if form.response_format == "png" else form.output_format
-    source, fitted = await asker.decode(upload, asked_format, opaque=form.background == "opaque")
-    first = edit_request(form, form.prompt, fitted, asker.gateway.recipe.sampling)
-    size = output_size(form.size, source.rgb, asker.gateway.recipe.serve.max_pixels)
+    source, fitted = await context.decode(upload, asked_format, opaque=form.background == "opaque")
+    first = edit_request(form, form.prompt, fitted, context.gateway.recipe.sampling)
+    size = output_size(form.size, source.rgb, context.gateway.recipe.serve.max_pixels)
     seeds = [(first.seed + k) % SEEDS for k in range(form.n)]
-    load = work(asker.gateway, upload, form)
+    load = work(context.gateway, upload, form)
     return [
-        _Planned(asker.call(replace(first, seed=seed), load, "num_inference_steps"), source, size) for seed in seeds
+        _Planned(context.call(replace(first, seed=seed), load, "num_inference_steps"), source, size) for seed in seeds
     ]
 
 
-async def _make(asker: Asker, form: EditForm, planned: _Planned) -> _Finished:
-    result = await asker.gateway.engines.edit(planned.call)
-    file, edit_id = await asker.gateway.pictures.finish(
-        asker.client, planned.call.request, planned.source, result, planned.size, form.output_compression
+async def _make(context: RequestContext, form: EditForm, planned: _Planned) -> _Finished:
+    result = await context.gateway.engines.edit(planned.call)
+    file, edit_id = await context.gateway.pictures.finish(
+        context.client, planned.call.request, planned.source, result, planned.size, form.output_compression
     )
     return _Finished(planned.call.request, result, file, planned.source.output_format, edit_id)
 

@@ -405,7 +405,7 @@ def test_an_upgrade_lets_edits_end(overlay):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_keys_of_the_endpoint_are_files_where_it_runs_alone(overlay):
-    """A variable would be read once; and every pod that decodes or runs strangers' input would have it."""
+    """An environment variable would be read only once, and every pod would have it."""
     (cluster,) = yaml.safe_load_all((KUBERAY / "overlays" / overlay / "ray-cluster.yaml").read_text())
     pods = {"head": cluster["spec"]["headGroupSpec"]}
     pods |= {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}

@@ -27,7 +27,7 @@ SEEN: list[dict[str, str]] = []
 
 
 async def application(scope, receive, send) -> None:
-    """Answer with the size of the body; at /events with three events, 0.3 s apart."""
+    """Answer with the size of the body, and at /events with three events 0.3 s apart."""
     if scope["type"] != "http":
         return
     SEEN.append({name.decode(): value.decode() for name, value in scope["headers"]})

@@ -379,8 +379,8 @@ def test_lines_are_json_when_ray_is_asked_for_json(workspace, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"token": "cut'])
-def test_a_damaged_record_is_nobodys(tmp_path, capsys, content):
+def test_damaged_record_does_not_block_the_workspace(tmp_path, capsys, content):
     (tmp_path / "owner.json").write_text(content)
     with lease.held(Workspace(tmp_path), "jobs.train"):
         assert '"job": "jobs.train"' in (tmp_path / "owner.json").read_text()
-    assert "owner.json is damaged, so nobody owns the workspace" in capsys.readouterr().out
+    assert "owner.json is damaged, so no run owns the workspace" in capsys.readouterr().out

@@ -22,6 +22,8 @@ from tests.serve.conftest import TOKEN, make_key
 
 STATIC_FILES = {"/": "page.html", "/static/page.css": "page.css", "/static/page.js": "page.js"}
 KEYS = [make_key("tests", TOKEN)]
+# In UTF-16 the letter has a byte like a quotation mark, and what follows looks like a string.
+HIDDEN = '{"image":"\u2200","edits":[' + "[]," * 10**5 + "[]]}"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 
 
@@ -155,6 +157,8 @@ def test_a_path_without_a_body_never_reads_one(client, path):
         'multipart/form-data; boundary=x; charset="utf_7"',
         "multipart/form-data; boundary=x; CHARSET = idna",
         "multipart/form-data; boundary=x; charset=utf-8; charset=unicode_escape",
+        "multipart/form-data; boundary=x" + "".join(f"; p{k}=1" for k in range(99)) + "; charset=punycode",
+        'multipart/form-data; boundary=x; p="a;b"; charset=punycode',
     ],
 )
 def test_texts_are_utf8_only(client, content_type):
@@ -175,6 +179,9 @@ def test_texts_are_utf8_only(client, content_type):
         (b'{"\\"":' + b" " * 10**5 + b"1}", "outside of strings"),
         (b'"' * 10**5, "strings"),
         (b"1" * 10**5, "outside of strings"),
+        (HIDDEN.encode("utf-16"), "not UTF-8"),
+        (HIDDEN.encode("utf-16-le"), "not UTF-8"),
+        ('{"image":"x"}'.encode("utf-32"), "not UTF-8"),
     ],
 )
 def test_json_is_bounded_before_it_is_parsed(client, body, says):

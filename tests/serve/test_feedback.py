@@ -34,7 +34,7 @@ def test_id_tells_a_stranger_nothing():
     for start in range(len(data)):
         with pytest.raises(zlib.error):
             zlib.decompress(data[start:])
-    assert edit_id != make_edit_id(RECORD, SECRET), "equal edits can be told"
+    assert edit_id != make_edit_id(RECORD, SECRET), "equal edits have equal ids"
 
 
 @pytest.mark.parametrize("letter", ["a", "夜", "😀", "\x00"])

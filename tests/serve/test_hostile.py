@@ -1,4 +1,4 @@
-"""Hostile requests on the real endpoint: whoever sends them, other clients wait for less than a second."""
+"""Hostile requests to the real endpoint delay other clients by less than a second."""
 
 import base64
 import contextlib
@@ -168,7 +168,7 @@ def test_sockets_without_a_key_hold_no_upload_room(address, path):
 
 
 def test_sockets_of_one_key_leave_upload_room_to_another(address):
-    """Each declares the most that a body may have, and sends a byte; then chunks of unknown length."""
+    """Half of the sockets declare the largest body, half send chunks, and all send one byte."""
     key = f"authorization: Bearer {TOKEN}\r\ncontent-type: application/json\r\n"
     declared = f"POST /v1/edits HTTP/1.1\r\nhost: tests\r\n{key}content-length: {26 * MB}\r\n\r\n".encode() + b"{"
     chunked = f"POST /v1/edits HTTP/1.1\r\nhost: tests\r\n{key}transfer-encoding: chunked\r\n\r\n1\r\n{{\r\n".encode()
@@ -230,7 +230,7 @@ def test_headers_from_strangers_never_fail_in_rays_proxy(address, header, status
     assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
 
 
-def test_an_abandoned_edit_is_cancelled_whatever_its_headers_say(address):
+def test_an_abandoned_edit_is_cancelled_despite_control_headers(address):
     """Ray lets a header switch that off, from anybody."""
     body = json.dumps(SMALL | {"edits": [{"instruction": "night", "num_inference_steps": 100}] * 8}).encode()
     head = (

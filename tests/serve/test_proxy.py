@@ -1,4 +1,4 @@
-"""The middleware in Ray's proxies; no Ray. On real proxies it is tested in test_hostile.py and test_load.py."""
+"""The proxy middleware on its own. Real Ray proxies are tested in test_hostile.py and test_load.py."""
 
 import asyncio
 import json

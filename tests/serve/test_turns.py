@@ -1,4 +1,4 @@
-"""Fair turns; no server."""
+"""Fair turns, without a server."""
 
 import asyncio
 
@@ -31,7 +31,7 @@ def order(*arrivals: tuple[str, float], slots: int = 1) -> str:
     return asyncio.run(run())
 
 
-def test_clients_take_turns_whoever_queued_first():
+def test_clients_take_turns_in_any_order_of_arrival():
     assert order(*[("a", 1.0)] * 4, *[("b", 1.0)] * 2) == "ababaa"
 
 
