@@ -1,6 +1,7 @@
 """The resumable chain: no row lost, none doubled, whatever is killed, late or forgotten."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.data._internal.execution.interfaces import TaskContext
@@ -21,7 +23,7 @@ from ip2p.recipe import REPOSITORY
 from ip2p.workspace import Workspace
 from runtime import rows
 from runtime.progress import StageCounters
-from runtime.rows import Sink, chain, forget, newest_epoch, read_ids, reconcile
+from runtime.rows import Sink, Written, adds_up, chain, forget, id_sum, newest_epoch, read_ids, reconcile
 from tests.runtime import s3
 
 WRITE = """
@@ -402,3 +404,28 @@ def start(code: str, address: str, *arguments: str) -> subprocess.Popen:
         start_new_session=True,
         env={**os.environ, "AWS_ENDPOINT_URL": address},
     )
+
+
+@pytest.mark.parametrize(
+    ("ids", "foreign", "right"),
+    [
+        (["c", "d"], False, True),
+        (["c", "c"], False, False),  # as many rows, and one of them twice
+        (["c", "x"], False, False),
+        (["c"], False, False),
+        (["c", "d"], True, False),  # somebody else writes there, too
+    ],
+)
+def test_a_pass_adds_up_only_with_the_missing_rows_and_no_other_file(tmp_path, ids, foreign, right):
+    workspace = Workspace(tmp_path)
+    before = {}
+    for name, kept in {"000001-0-000000.parquet": ["a", "b"], "000001-1-000000.parquet": ids}.items():
+        with workspace.open_out("sink", name) as file:
+            pq.write_table(pa.table({"id": kept}), file)
+        size = (tmp_path / "sink" / name).stat().st_size
+        if name.startswith("000001-0"):
+            before[name] = size
+    if foreign:
+        shutil.copy(tmp_path / "sink" / name, tmp_path / "sink" / "000001-1-000009.parquet")
+    written = Written(name, len(ids), size, id_sum(np.array(ids, "S")))
+    assert adds_up(workspace, "sink", before, np.array(["c", "d"], "S"), [written]) == right
