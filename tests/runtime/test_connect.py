@@ -13,7 +13,7 @@ import pytest
 
 from ip2p.errors import UserError
 from ip2p.recipe import REPOSITORY
-from runtime.connect import check_address, deadline, give_home, start_local
+from runtime.connect import deadline, give_home, join, start_local
 from runtime.exit import TERMINATED
 
 DEVICES = """
@@ -82,7 +82,7 @@ def test_a_connected_process_never_times_out_and_ends_at_sigterm_in_one_line():
 )
 def test_a_wrong_ray_address_is_named_before_ray_waits_for_it(address, says):
     with pytest.raises(UserError, match=rf"RAY_ADDRESS={re.escape(address)}: .*{says}.*") as refused:
-        check_address(address)
+        join(address)
     assert "unset it" in str(refused.value)
 
 
