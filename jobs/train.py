@@ -30,8 +30,8 @@ from ip2p.train.dataset import (
     columns,
     content,
     dataset_files,
+    file_splits,
     share_of_train,
-    split_by_name,
     trained_pairs,
     validation_rows,
 )
@@ -114,7 +114,7 @@ def encode(recipe: Recipe, workspace: Workspace, overwrite: bool = False) -> Non
         ray.data.read_parquet(paths, filesystem=source.fs, columns=wanted, include_paths=True, partitioning=None)
         .map_batches(
             PairEncoder,
-            fn_constructor_args=(recipe, {path: split_by_name(source, path) for path in paths}),
+            fn_constructor_args=(recipe, file_splits(source, paths)),
             batch_format="pyarrow",
             batch_size=ROWS_PER_ENCODING_BATCH,
             compute=ActorPoolStrategy(size=recipe.train.encode_replicas),

@@ -62,19 +62,27 @@ def dataset_files(recipe: Recipe, workspace: Workspace) -> tuple[Workspace, list
     )
 
 
+def file_splits(source: Workspace, paths: list[str]) -> dict[str, str | None]:
+    """Return the split of each file by its name; None for files whose rows are split by caption.
+
+    A dataset that names no validation split, as the published one, has it drawn from all of its rows.
+    """
+    splits = {path: split_by_name(source, path) for path in paths}
+    return splits if "validation" in splits.values() else dict.fromkeys(paths)
+
+
 def split_by_name(source: Workspace, path: str) -> str | None:
     """Return the split named by a file's nearest folder or by the file, or None.
 
-    Folders above the dataset do not count.
+    Folders above the dataset do not count. Its own folder counts if its whole name is that of a split.
     """
-    root = source.root.rsplit("/", 1)[-1]
-    *folders, name = [root, *path.removeprefix(source.root).strip("/").split("/")]
-    stem = name.removesuffix(".parquet")
-    for part in (*reversed(folders), stem):
+    *folders, name = path.removeprefix(source.root).strip("/").split("/")
+    for part in (*reversed(folders), name.removesuffix(".parquet")):
         for split, pattern in SPLIT_IN_NAME.items():
             if pattern.search(part):
                 return split
-    return None
+    own = source.root.rsplit("/", 1)[-1].lower()
+    return next((split for split, words in SPLIT_NAMES.items() if own in words), None)
 
 
 def columns(source: Workspace, paths: list[str]) -> list[str]:

@@ -187,12 +187,12 @@ def test_busy_service_stays_ready_and_serves_another_key_in_its_turn(address):
         answer = httpx.post(f"{address}/v1/edits", json=long, headers=hostile, timeout=120)
         return answer.status_code, time.monotonic()
 
-    with ThreadPoolExecutor(3) as pool, httpx.Client(base_url=address, timeout=60, headers=HEADERS) as canary:
+    with ThreadPoolExecutor(4) as pool, httpx.Client(base_url=address, timeout=60, headers=HEADERS) as canary:
         sent = [pool.submit(send_long, k) for k in range(3)]
-        time.sleep(0.5)
+        wait_until(lambda: in_flight(canary) == 12)
+        edit = pool.submit(canary.post, "/v1/edits", json=SMALL)
         ready = {canary.get("/readyz").status_code for _ in range(5)}
-        answer = canary.post("/v1/edits", json=SMALL)
-        answered = time.monotonic()
+        answer, answered = edit.result(), time.monotonic()
         statuses, ended = zip(*(one.result() for one in sent))
     assert ready == {200}
     assert (answer.status_code, set(statuses)) == (200, {200}), answer.text

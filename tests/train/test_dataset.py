@@ -6,7 +6,7 @@ import pytest
 
 from ip2p.errors import UserError
 from ip2p.recipe import REPOSITORY
-from ip2p.train.dataset import columns, dataset_files, split_by_name
+from ip2p.train.dataset import columns, dataset_files, file_splits, split_by_name
 from ip2p.train.encode import REQUIRED
 from ip2p.workspace import Workspace
 
@@ -77,8 +77,16 @@ def test_datasets_itself_finds_the_same_splits(tmp_path, read):
 
 
 def test_folders_above_the_dataset_do_not_count(tmp_path, read):
-    write(tmp_path / "test" / "validation" / "d" / "a.parquet")
-    assert read("test/validation/d")[1] == {"a.parquet": None}
+    write(tmp_path / "test" / "validation" / "my-test-pairs" / "a.parquet")
+    assert read("test/validation/my-test-pairs")[1] == {"a.parquet": None}
+
+
+def test_the_folder_of_a_split_is_of_that_split(tmp_path, read):
+    write(tmp_path / "validation" / "a.parquet")
+    assert read("validation")[1] == {"a.parquet": "validation"}
+    write(tmp_path / "test" / "a.parquet")
+    with pytest.raises(UserError, match="all of its files are of the test split"):
+        read("test")
 
 
 def test_one_file_is_a_dataset(tmp_path, read):
@@ -154,3 +162,16 @@ def test_columns_that_only_some_files_have_are_made_up(tmp_path, read):
 def test_order_of_names_decides_between_a_folder_and_a_file():
     source = Workspace(REPOSITORY / "d")
     assert split_by_name(source, f"{source.root}/validation/train-0.parquet") == "validation"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["data/train-0.parquet", "data/train-1.parquet"], [None, None]),
+        (["train/a.parquet", "validation/a.parquet"], ["train", "validation"]),
+        (["a.parquet", "dev/a.parquet"], [None, "validation"]),
+    ],
+)
+def test_a_dataset_without_a_validation_split_has_it_drawn(tmp_path, names, expected):
+    source = Workspace(tmp_path)
+    assert list(file_splits(source, [source.path(name) for name in names]).values()) == expected
