@@ -47,6 +47,7 @@ from ip2p.recipe import Recipe, locate
 from runtime.connect import connect
 from serve.app import EditIngress, application
 from serve.engine_client import Description, EditResult
+from serve.feedback import SECRET_BYTES
 
 STEPS = (10, 20, 30, 50)
 SHORT = STEPS[0]
@@ -186,7 +187,7 @@ def serve_all(recipe: Recipe, port: int) -> dict[str, str]:
     apps = {OURS: application(recipe, None, None, ONE_THREAD)}
     for name, peer in ((ONE, OneByOne), (EQUAL, EqualOnes)):
         many = peer.options(num_replicas=engines, ray_actor_options=ONE_THREAD, max_ongoing_requests=64)
-        apps[name] = EditIngress.bind(recipe, None, {SHIPPED: many.bind(recipe)}, None, b"benchmark")
+        apps[name] = EditIngress.bind(recipe, None, {SHIPPED: many.bind(recipe)}, None, None, bytes(SECRET_BYTES))
     routes = {name: "/" + name.replace(" ", "-") for name in apps}
     for name, app in apps.items():
         serve.run(app, name=routes[name][1:], route_prefix=routes[name], logging_config=quiet)

@@ -8,7 +8,6 @@ Clients need a key from --keys, unless --open restricts the service to this mach
 import asyncio
 import errno
 import hashlib
-import ipaddress
 import os
 import secrets
 import socket
@@ -42,6 +41,7 @@ from serve.batcher import Batcher, Job
 from serve.engine_client import Description, EditProgress, EditResult
 from serve.feedback import SECRET_BYTES, workspace_secret
 from serve.gateway import open_gateway
+from serve.guard import is_loopback
 from serve.keys import Clients, Key, read_keys
 
 NAME = "ip2p"
@@ -203,6 +203,8 @@ def build(args: ApplicationArgs) -> Application:
     for. Raises `UserError` when the recipe is wrong, or there is no editor to serve, or no key.
     """
     recipe, workspace = read_recipe(args.recipe), Workspace(args.workspace) if args.workspace else None
+    if args.open:
+        check_forwarding()
     keys = None if args.open else read_keys(args.keys)
     return application(recipe, workspace, keys, engine_resources(recipe), absolute(args.keys))
 
@@ -326,10 +328,13 @@ def check_open(host: str) -> None:
     """Raises `UserError` if others than this machine could use an endpoint without keys."""
     if not is_loopback(host):
         raise UserError(f"--open serves this machine only; use --host 127.0.0.1 instead of {host}, or pass --keys")
+    check_forwarding()
+
+
+def check_forwarding() -> None:
+    """Raises `UserError` if uvicorn would believe any client that claims to be this machine."""
     if "*" in os.environ.get("FORWARDED_ALLOW_IPS", ""):
-        raise UserError(
-            "FORWARDED_ALLOW_IPS=* lets anybody claim to be this machine by a header; unset it, or pass --keys"
-        )
+        raise UserError("FORWARDED_ALLOW_IPS=*: any client could claim to be this machine; unset it, or use keys")
 
 
 def check_port(host: str, port: int) -> None:
@@ -347,13 +352,6 @@ def check_port(host: str, port: int) -> None:
             if error.errno == errno.EADDRINUSE:
                 raise UserError(f"port {port} is in use; stop its service, or choose another --port") from error
             raise UserError(f"--host {host} --port {port}: {error.strerror}; choose others") from error
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def drain() -> None:

@@ -156,7 +156,7 @@ def _check_local(scope: Scope, headers: Headers) -> None:
     their name was made to point here (DNS rebinding).
     """
     host = (scope.get("client") or ("",))[0]
-    if not _is_loopback(host):
+    if not is_loopback(host):
         raise RefusedError("this endpoint has no keys and serves its own machine only", 403)
     named = headers.get("host", "")
     if _address(f"//{named}")[0] not in LOCAL_NAMES:
@@ -192,11 +192,12 @@ def _no_body(receive: Receive) -> Receive:
     return read
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a name or an address is this machine's own."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False
+        return host == "localhost"
 
 
 async def refuse(error: RefusedError, send: Callable[[Message], Awaitable[None]]) -> None:

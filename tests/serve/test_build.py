@@ -9,10 +9,11 @@ from pydantic import ValidationError
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from ip2p.cli import read_recipe
+from ip2p.errors import UserError
 from ip2p.recipe import REPOSITORY
 from ip2p.workspace import Workspace
 from runtime.connect import connect
-from serve.app import ApplicationArgs, application, build, engine_resources, label, main
+from serve.app import ApplicationArgs, application, build, check_open, engine_resources, label, main
 from serve.keys import VARIABLE
 from tests.serve.conftest import make_key
 
@@ -183,3 +184,11 @@ def test_users_mistake_ends_the_command_with_status_2_and_one_line(capsys, flags
         main(["--recipe", RECIPE, *flags])
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_an_open_service_refuses_to_believe_forwarded_addresses(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    with pytest.raises(UserError, match="FORWARDED_ALLOW_IPS"):
+        check_open("127.0.0.1")
+    with pytest.raises(UserError, match="FORWARDED_ALLOW_IPS"):
+        call_user_app_builder_with_args_if_necessary(build, {"recipe": RECIPE, "open": True})
